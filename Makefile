@@ -12,7 +12,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
 BIN := $(VENV)/bin
-PIP_INSTALL := -m pip install --disable-pip-version-check --quiet
+PIP_INSTALL := -m pip install --disable-pip-version-check -qq
 # Nothing that runs from here asks a hub for anything or reports to anyone.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false

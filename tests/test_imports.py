@@ -1,0 +1,41 @@
+"""What importing the package costs, and that it does not get in the way of other packages' imports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Packages that are extras, or that are slow to import and that a run may never need.
+HEAVY = {"datasets", "evaluate", "liger_kernel", "trl", "peft", "matplotlib"}
+
+
+def top_level_modules_after(statement: str) -> set[str]:
+    """Return the top-level names in sys.modules of a fresh interpreter, at the repository root, after it."""
+    program = (
+        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return set(json.loads(result.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    assert top_level_modules_after("import hf_slideformer") & HEAVY == set()
+
+
+def test_importing_the_kernels_imports_neither_the_package_nor_anything_heavy():
+    loaded = top_level_modules_after("import sys; sys.path.insert(0, 'kernels'); import slideformer_kernels")
+    assert loaded & (HEAVY | {"hf_slideformer", "transformers", "accelerate"}) == set()
+
+
+def test_slide_trainer_imports_nothing_heavy_that_trainer_does_not():
+    trainer = top_level_modules_after("from transformers import Trainer")
+    slide_trainer = top_level_modules_after("from hf_slideformer import SlideTrainer")
+    assert (slide_trainer - trainer) & HEAVY == set()
+
+
+def test_transformers_imports_from_the_repository_root():
+    """The folder `kernels/` must not pass for Hugging Face's package of that name, which transformers probes."""
+    assert "transformers" in top_level_modules_after("import transformers; transformers.AutoModelForCausalLM")
+    assert not (ROOT / "kernels" / "__init__.py").exists()
