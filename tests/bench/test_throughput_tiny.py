@@ -1,6 +1,7 @@
 """The throughput script runs end to end on a tiny shape and its rows say what docs/benchmarks/README.md says."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 SCRIPT = Path(__file__).with_name("throughput.py")
 ROOT = SCRIPT.parents[2]
+# What pytest's `pythonpath` gives this process, for the script's.
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
 TINY = (
     "--shape",
     "tiny",
@@ -64,7 +67,10 @@ MAY_BE_NULL = {
 def rows_of(tmp_path: Path, *arguments: str) -> list[dict]:
     out = tmp_path / "rows.jsonl"
     result = subprocess.run(
-        [sys.executable, SCRIPT, *TINY, "--out", out, *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, SCRIPT, *TINY, "--out", out, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -114,6 +120,8 @@ def test_slide_and_baseline_train_the_same_model(tmp_path):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_built(arguments, message):
-    result = subprocess.run([sys.executable, SCRIPT, *arguments], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert result.returncode == 2
     assert message in result.stderr

@@ -186,6 +186,9 @@ RESULT_KEYS = (
 )
 
 
+LINKS = ("h2d", "d2h", "nvme")  # what the engine's byte counters start with
+
+
 def row_config(args: argparse.Namespace, batch_size: int) -> dict:
     """Return what was asked for, without what does not bear on the result."""
     left_out = ("batch_sizes", "out", "commit", "isolate", "trace")
@@ -253,7 +256,7 @@ def train(args: argparse.Namespace, batch_size: int, output_dir: str) -> dict:
         "train_loss": output.training_loss,
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
-        "bytes_moved": {key: n for key, n in per_step.items() if key.endswith("_bytes")} or None,
+        "bytes_moved": {key: n for key, n in per_step.items() if key.startswith(LINKS)} or None,
         "host_state_bytes_per_param": host_state_bytes_per_param(slide_metrics(trainer)),
         "slide_metrics": per_step or None,
     }
