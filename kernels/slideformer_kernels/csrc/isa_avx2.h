@@ -1,0 +1,38 @@
+/* 8 lanes: AVX2 with FMA. */
+#define ISA(name) name##_avx2
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define VF __m256
+#define VI __m256i
+#define FINISH(name) name##_portable(args, begin, end)
+#define PREFETCH_NUMEL 512
+#define prefetch(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
+
+#define vf_set1(x) _mm256_set1_ps(x)
+#define vf_load(p) _mm256_loadu_ps(p)
+#define vf_store(p, x) _mm256_storeu_ps(p, x)
+#define vf_add(a, b) _mm256_add_ps(a, b)
+#define vf_sub(a, b) _mm256_sub_ps(a, b)
+#define vf_mul(a, b) _mm256_mul_ps(a, b)
+#define vf_div(a, b) _mm256_div_ps(a, b)
+#define vf_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vf_sqrt(a) _mm256_sqrt_ps(a)
+#define vf_bits(x) _mm256_castps_si256(x)
+#define vf_of_bits(x) _mm256_castsi256_ps(x)
+
+#define vi_set1(x) _mm256_set1_epi32((int)(x))
+#define vi_add(a, b) _mm256_add_epi32(a, b)
+#define vi_sub(a, b) _mm256_sub_epi32(a, b)
+#define vi_shift_left_16(a) _mm256_slli_epi32(a, 16)
+#define vi_shift_right_16(a) _mm256_srli_epi32(a, 16)
+#define vi_load_u16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define vi_load_i16(p) _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(p)))
+/* The values are within the range of the type, so the packs' saturation does not come into play. */
+#define vi_store_u16(p, x)                                                                                  \
+    _mm_storeu_si128((__m128i *)(p),                                                                        \
+                     _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)))
+#define vi_store_i16(p, x)                                                                                  \
+    _mm_storeu_si128((__m128i *)(p),                                                                        \
+                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)))
+#define vi_replace_where_nan(x, otherwise, if_nan)                                                          \
+    _mm256_blendv_epi8(otherwise, if_nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)))

@@ -1,0 +1,391 @@
+/* AdamW, gradient accumulation, split masters and the sum of squares on the CPU.
+ *
+ * The formulas, the split master and the summation tree are defined in reference.py, whose bits every path
+ * here reproduces. kernels.h holds each loop once, written over the vector operations that the isa_*.h files
+ * define, and is included once for each instruction set; the widest set that the CPU has is taken at run time.
+ *
+ * Must be compiled with -ffp-contract=off and without -ffast-math: the only fused operations are the explicit
+ * ones. Plain C ABI; every function may be called from any thread; numel may be 0.
+ */
+
+#include <float.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
+#error "needs IEEE single precision arithmetic"
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define HAVE_X86_64 1
+#else
+#include <fenv.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+
+enum { ISA_BEST = 0, ISA_PORTABLE = 1, ISA_AVX2 = 2, ISA_AVX512 = 3, ISA_COUNT = 4 };
+enum { STATUS_OK = 0, STATUS_UNSUPPORTED_ISA = 1, STATUS_NO_MEMORY = 2 };
+
+enum { ROW = 1024 };
+
+#define CANONICAL_NAN 0x7FC00000u
+
+/* A thread is worth waking for this many elements (about 0.1 ms of work). */
+#define GRAIN_NUMEL 32768
+/* Threads meet at multiples of this: 2 KiB of bf16, so no cache line is shared by two writers. */
+#define BOUNDARY_NUMEL 1024
+
+typedef struct {
+    uint16_t *hi; /* split master, or NULL */
+    int16_t *lo;
+    float *param; /* plain fp32 master, or NULL */
+    const void *grad;
+    float *exp_avg;
+    float *exp_avg_sq;
+    float decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size;
+    float grad_scale;
+} adamw_args;
+
+typedef struct {
+    float *acc;
+    const void *grad;
+} accumulate_args;
+
+typedef struct {
+    float *master;
+    uint16_t *hi;
+    int16_t *lo;
+} master_args;
+
+typedef struct {
+    const void *values;
+    int64_t numel;
+    double *sums; /* one per row */
+} row_sum_args;
+
+/* Works on elements (row sums: rows) begin..end of what args describes. */
+typedef void (*range_function)(const void *args, int64_t begin, int64_t end);
+
+typedef struct {
+    range_function adamw_split_bf16, adamw_split_fp32, adamw_fp32_bf16, adamw_fp32_fp32;
+    range_function accumulate_bf16, accumulate_fp32, split, join;
+    range_function row_sums_bf16, row_sums_fp32, row_sums_fp64;
+} kernel_table;
+
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Correctly rounded fused multiply-add. Without the instruction: exact product and TwoSum in double, rounded
+ * to odd, then to float (Boldo & Melquiond 2008); the C library's fmaf would be a slow call. */
+INLINE float fma_float(float a, float b, float c)
+{
+#if defined(__FP_FAST_FMAF) || defined(__FMA__)
+    return __builtin_fmaf(a, b, c);
+#else
+    double product = (double)a * (double)b;
+    double addend = (double)c;
+    double total = product + addend;
+    double addend_part = total - product;
+    double error = (product - (total - addend_part)) + (addend - addend_part);
+    int64_t bits;
+    memcpy(&bits, &total, sizeof bits);
+    int64_t is_even = ~bits & 1;
+    int64_t inexact = (error > 0.0) | (error < 0.0); /* 0 for the NaN error of an infinite total */
+    int64_t step = (error > 0.0) == (total > 0.0) ? 1 : -1;
+    bits += step & -(is_even & inexact);
+    memcpy(&total, &bits, sizeof bits);
+    return (float)total;
+#endif
+}
+
+#include "isa_portable.h"
+#include "kernels.h"
+#include "isa_undefine.h"
+
+#ifdef HAVE_X86_64
+#include "isa_avx2.h"
+#include "kernels.h"
+#include "isa_undefine.h"
+
+#include "isa_avx512.h"
+#include "kernels.h"
+#include "isa_undefine.h"
+#endif
+
+static int isa_supported(int isa)
+{
+    switch (isa) {
+    case ISA_BEST:
+    case ISA_PORTABLE:
+        return 1;
+#ifdef HAVE_X86_64
+    case ISA_AVX2:
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case ISA_AVX512:
+        return isa_supported(ISA_AVX2) && __builtin_cpu_supports("avx512f") &&
+               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+#endif
+    default:
+        return 0;
+    }
+}
+
+static const kernel_table *kernels_for(int isa)
+{
+    if (!isa_supported(isa))
+        return NULL;
+#ifdef HAVE_X86_64
+    if (isa == ISA_AVX512 || (isa == ISA_BEST && isa_supported(ISA_AVX512)))
+        return &kernels_avx512;
+    if (isa == ISA_AVX2 || (isa == ISA_BEST && isa_supported(ISA_AVX2)))
+        return &kernels_avx2;
+#endif
+    return &kernels_portable;
+}
+
+/* The rounding and denormal modes belong to each thread and are inherited from whoever created it (torch's
+ * set_flush_denormal, for one), so they are set around the work and put back after it. */
+#if defined(HAVE_X86_64)
+typedef unsigned int float_mode;
+static float_mode enter_ieee_mode(void)
+{
+    float_mode saved = _mm_getcsr();
+    _mm_setcsr(0x1F80); /* nearest even, exceptions masked, neither flush-to-zero nor denormals-are-zero */
+    return saved;
+}
+static void leave_ieee_mode(float_mode saved)
+{
+    _mm_setcsr(saved);
+}
+#elif defined(__aarch64__)
+typedef uint64_t float_mode;
+static float_mode enter_ieee_mode(void)
+{
+    float_mode saved;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0) : "memory");
+    return saved;
+}
+static void leave_ieee_mode(float_mode saved)
+{
+    __asm__ volatile("msr fpcr, %0" : : "r"(saved) : "memory");
+}
+#else
+typedef fenv_t float_mode;
+static float_mode enter_ieee_mode(void)
+{
+    float_mode saved;
+    fegetenv(&saved);
+    fesetenv(FE_DFL_ENV);
+    return saved;
+}
+static void leave_ieee_mode(float_mode saved)
+{
+    fesetenv(&saved);
+}
+#endif
+
+static void run_in_ieee_mode(range_function work, const void *args, int64_t begin, int64_t end)
+{
+    float_mode saved = enter_ieee_mode();
+    work(args, begin, end);
+    leave_ieee_mode(saved);
+}
+
+#ifdef _OPENMP
+/* GNU OpenMP hangs in a forked child whose parent has already used it: its threads are not there. Such a
+ * child (a dataloader worker, say) works alone. */
+static int forked_after_first_use(void)
+{
+    static pid_t first_user; /* atomically 0 until the first parallel region */
+    pid_t nobody = 0;
+    pid_t self = getpid();
+    if (__atomic_compare_exchange_n(&first_user, &nobody, self, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        return 0;
+    return nobody != self;
+}
+#endif
+
+/* Run work on 0..count in one contiguous piece per thread. Pieces begin at multiples of boundary. */
+static void run_parallel(range_function work, const void *args, int64_t count, int64_t boundary,
+                         int64_t grain, int threads)
+{
+    int64_t useful = (count + grain - 1) / grain;
+    if (useful < threads)
+        threads = (int)useful;
+#ifdef _OPENMP
+    if (threads > 1 && !forked_after_first_use()) {
+#pragma omp parallel num_threads(threads)
+        {
+            /* The team may be smaller than asked for (OMP_THREAD_LIMIT). */
+            int64_t team = omp_get_num_threads();
+            int64_t boundaries = (count + boundary - 1) / boundary;
+            int64_t index = omp_get_thread_num();
+            int64_t begin = boundaries * index / team * boundary;
+            int64_t end = boundaries * (index + 1) / team * boundary;
+            if (end > count)
+                end = count;
+            if (begin < end)
+                run_in_ieee_mode(work, args, begin, end);
+        }
+        return;
+    }
+#else
+    (void)boundary;
+#endif
+    if (count > 0)
+        run_in_ieee_mode(work, args, 0, count);
+}
+
+static void run_elements(range_function work, const void *args, int64_t numel, int threads)
+{
+    run_parallel(work, args, numel, BOUNDARY_NUMEL, GRAIN_NUMEL, threads);
+}
+
+EXPORT int slideformer_has_openmp(void)
+{
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+EXPORT int slideformer_supports_isa(int isa)
+{
+    return isa_supported(isa);
+}
+
+/* scalars: decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size,
+ * grad_scale. Exactly one of (hi, lo) and param is given. */
+static adamw_args adamw_args_of(const void *grad, float *exp_avg, float *exp_avg_sq, const float *scalars)
+{
+    adamw_args args = {
+        .grad = grad,
+        .exp_avg = exp_avg,
+        .exp_avg_sq = exp_avg_sq,
+        .decay = scalars[0],
+        .one_minus_beta1 = scalars[1],
+        .beta2 = scalars[2],
+        .one_minus_beta2 = scalars[3],
+        .inv_bias_correction2_sqrt = scalars[4],
+        .eps = scalars[5],
+        .step_size = scalars[6],
+        .grad_scale = scalars[7],
+    };
+    return args;
+}
+
+EXPORT int slideformer_adamw_split(uint16_t *hi, int16_t *lo, const void *grad, int grad_is_bf16,
+                                   float *exp_avg, float *exp_avg_sq, int64_t numel, const float *scalars,
+                                   int isa, int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    adamw_args args = adamw_args_of(grad, exp_avg, exp_avg_sq, scalars);
+    args.hi = hi;
+    args.lo = lo;
+    run_elements(grad_is_bf16 ? kernels->adamw_split_bf16 : kernels->adamw_split_fp32, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_adamw_fp32(float *param, const void *grad, int grad_is_bf16, float *exp_avg,
+                                  float *exp_avg_sq, int64_t numel, const float *scalars, int isa,
+                                  int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    adamw_args args = adamw_args_of(grad, exp_avg, exp_avg_sq, scalars);
+    args.param = param;
+    run_elements(grad_is_bf16 ? kernels->adamw_fp32_bf16 : kernels->adamw_fp32_fp32, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_accumulate(float *acc, const void *grad, int grad_is_bf16, int64_t numel, int isa,
+                                  int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    accumulate_args args = {acc, grad};
+    run_elements(grad_is_bf16 ? kernels->accumulate_bf16 : kernels->accumulate_fp32, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_split_master(const float *master, uint16_t *hi, int16_t *lo, int64_t numel, int isa,
+                                    int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    master_args args = {(float *)master, hi, lo};
+    run_elements(kernels->split, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_join_master(const uint16_t *hi, const int16_t *lo, float *master, int64_t numel,
+                                   int isa, int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    master_args args = {master, (uint16_t *)hi, (int16_t *)lo};
+    run_elements(kernels->join, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_sum_of_squares(const void *values, int is_bf16, int64_t numel, double *result, int isa,
+                                      int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    *result = 0.0;
+    if (numel == 0)
+        return STATUS_OK;
+    int64_t rows = (numel + ROW - 1) / ROW;
+    int64_t next_rows = (rows + ROW - 1) / ROW;
+    /* Two buffers in turn: a level's sums must not be written where another thread still reads. */
+    double *sums = malloc((size_t)(rows + next_rows) * sizeof *sums);
+    if (!sums)
+        return STATUS_NO_MEMORY;
+    double *next_sums = sums + rows;
+    double *const buffers = sums;
+    row_sum_args args = {values, numel, sums};
+    run_parallel(is_bf16 ? kernels->row_sums_bf16 : kernels->row_sums_fp32, &args, rows, 1, GRAIN_NUMEL / ROW,
+                 threads);
+    while (rows > 1) {
+        args = (row_sum_args){sums, rows, next_sums};
+        rows = (rows + ROW - 1) / ROW;
+        run_parallel(kernels->row_sums_fp64, &args, rows, 1, GRAIN_NUMEL / ROW, threads);
+        double *swap = sums;
+        sums = next_sums;
+        next_sums = swap;
+    }
+    *result = sums[0];
+    free(buffers);
+    return STATUS_OK;
+}

@@ -1,0 +1,193 @@
+"""One function for each operation; the tensors' device decides which implementation runs.
+
+CPU tensors: the C kernels, or ``reference.py`` where they cannot be built. CUDA tensors (NVIDIA or AMD): Triton.
+All give the same bits.
+"""
+
+from types import ModuleType
+
+import torch
+
+from . import build, cpu, reference
+from .scalars import AdamWScalars
+
+
+def adamw_split_(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Update a split master in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
+
+    On CUDA tensors the update is enqueued on the current stream of their device.
+
+    Args:
+        hi: (numel,) bf16, CPU or CUDA, any shape, contiguous; updated in place.
+        lo: (numel,) int16; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) fp32; updated in place.
+        exp_avg_sq: (numel,) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    operands = (hi, lo, grad, exp_avg, exp_avg_sq, scalars)
+    if hi.is_cuda:
+        _gpu().adamw_split_(*operands, grad_scale)
+    elif build.load() is not None:
+        cpu.adamw_split_(*operands, _host_float(grad_scale), threads=threads)
+    else:
+        reference.adamw_split_(*operands, _host_float(grad_scale))
+
+
+def adamw_fp32_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Update fp32 parameters in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
+
+    On CUDA tensors the update is enqueued on the current stream of their device.
+
+    Args:
+        param: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) fp32; updated in place.
+        exp_avg_sq: (numel,) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    operands = (param, grad, exp_avg, exp_avg_sq, scalars)
+    if param.is_cuda:
+        _gpu().adamw_fp32_(*operands, grad_scale)
+    elif build.load() is not None:
+        cpu.adamw_fp32_(*operands, _host_float(grad_scale), threads=threads)
+    else:
+        reference.adamw_fp32_(*operands, _host_float(grad_scale))
+
+
+def split_master(
+    fp32: torch.Tensor,
+    *,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split fp32 values into their bf16 part and the residual (layout: reference.py).
+
+    Args:
+        fp32: (numel,) fp32, CPU or CUDA, any shape, contiguous.
+        out: (hi, lo) to write, bf16 and int16 of the same numel; allocated in the shape of ``fp32`` if None.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Returns:
+        (hi, lo): ``out``, or new tensors that the caller owns; on CUDA ready on the current stream.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    if fp32.is_cuda or build.load() is None:
+        return reference.split_master(fp32, out=out)
+    return cpu.split_master(fp32, out=out, threads=threads)
+
+
+def join_master(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    threads: int | None = None,
+) -> torch.Tensor:
+    """Join a split master to fp32, bit for bit (layout: reference.py).
+
+    Args:
+        hi: (numel,) bf16, CPU or CUDA, any shape, contiguous.
+        lo: (numel,) int16.
+        out: (numel,) fp32 to write; allocated in the shape of ``hi`` if None.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Returns:
+        ``out``, or a new tensor that the caller owns; on CUDA ready on the current stream.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    if hi.is_cuda or build.load() is None:
+        return reference.join_master(hi, lo, out=out)
+    return cpu.join_master(hi, lo, out=out, threads=threads)
+
+
+def accumulate_(acc: torch.Tensor, grad: torch.Tensor, *, threads: int | None = None) -> None:
+    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000.
+
+    Args:
+        acc: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    if acc.is_cuda:
+        _gpu().accumulate_(acc, grad)
+    elif build.load() is not None:
+        cpu.accumulate_(acc, grad, threads=threads)
+    else:
+        reference.accumulate_(acc, grad)
+
+
+def sum_of_squares(x: torch.Tensor, *, threads: int | None = None) -> float | torch.Tensor:
+    """Return the sum of the squares in float64 by the fixed tree (reference.py).
+
+    Args:
+        x: (numel,) bf16 or fp32, CPU or CUDA, any shape, contiguous; numel may be 0.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Returns:
+        For a CPU tensor a float; for a CUDA tensor a 0-dim float64 tensor on its device, ready on the current
+        stream, without waiting for it. The bits are the same.
+
+    Raises:
+        ValueError: if dtype or contiguity does not fit.
+    """
+    if x.is_cuda:
+        return _gpu().sum_of_squares(x)
+    if build.load() is not None:
+        return cpu.sum_of_squares(x, threads=threads)
+    return reference.sum_of_squares(x)
+
+
+def _gpu() -> ModuleType:
+    """Import the Triton kernels when they are first needed: Triton is slow to import."""
+    from . import gpu
+
+    return gpu
+
+
+def _host_float(grad_scale: float | torch.Tensor) -> float:
+    """Return a host value; a device tensor here would make the host wait for the device unseen."""
+    if isinstance(grad_scale, torch.Tensor):
+        if grad_scale.device.type != "cpu" or grad_scale.numel() != 1:
+            raise ValueError(
+                f"grad_scale for CPU tensors must be a float or a 1-element CPU tensor, got "
+                f"{grad_scale.numel()} elements on {grad_scale.device}"
+            )
+        return float(grad_scale)
+    return grad_scale

@@ -1,0 +1,278 @@
+"""AdamW on split and plain fp32 masters, and the gradient norm, in plain PyTorch: the truth for every kernel.
+
+**The update** is AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, Alg. 2, with
+the schedule multiplier folded into the learning rate). For each element, with ``g`` the gradient converted to
+fp32 and the scalars of :class:`~slideformer_kernels.scalars.AdamWScalars`::
+
+    g = g * grad_scale
+    m = fma(one_minus_beta1, g - m, m)
+    v = fma(one_minus_beta2 * g, g, beta2 * v)
+    d = fma(sqrt(v), inv_bias_correction2_sqrt, eps)
+    p = fma(-step_size, m / d, p * decay)
+
+Every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and square root
+correctly rounded, nothing contracted beyond the four explicit fma. A NaN that is stored (``m``, ``v``, ``p``)
+is stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation makes.
+So CPU and GPU kernels store the same bits.
+
+**The split master** holds an fp32 value in 4 bytes as ``hi`` (bf16) and ``lo`` (int16)::
+
+    join:   bits = (hi << 16) + sign_extend(lo)                     (uint32, wrapping)
+    split:  hi = (bits + 0x8000) >> 16;  lo = bits - (hi << 16);    NaN -> hi = 0x7FC0, lo = 0
+
+``hi`` is the value rounded to bf16 with ties away from zero (torch's cast takes ties to even). Values that
+round up to infinity keep their exact value: their ``lo`` is negative.
+
+**The sum of squares** has one summation tree, independent of threads and hardware: squares in float64 (exact),
+rows of 1024 (the last one padded with zeros), each row halved (``x[:512] + x[512:]``, ...) to one value; the
+row sums form the next vector, until one value is left.
+
+Where the machine has no C compiler these functions are also what runs on the CPU. They work in chunks, so that
+their temporaries stay below 100 MB whatever the size of the tensors.
+"""
+
+import math
+
+import torch
+
+from . import arguments
+from .scalars import AdamWScalars, round_to_fp32
+
+CHUNK_NUMEL = 1 << 20
+ROW_NUMEL = 1024
+_NAN_HI_BITS = 0x7FC0
+
+
+@torch.no_grad()
+def adamw_split_(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update a split master in place with AdamW (formula: module docstring).
+
+    Args:
+        hi: (numel,) bf16, any shape, contiguous; updated in place.
+        lo: (numel,) int16; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) fp32; updated in place.
+        exp_avg_sq: (numel,) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    numel = arguments.check_adamw_split(hi, lo, grad, exp_avg, exp_avg_sq)
+    for part in _chunks(numel):
+        hi_part, lo_part = hi.view(-1)[part], lo.view(-1)[part]
+        param = _join_bits(hi_part, lo_part).view(torch.float32)
+        new = _updated(
+            param, grad.view(-1)[part], exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part], scalars, grad_scale
+        )
+        _split_into(new, hi_part, lo_part)
+
+
+@torch.no_grad()
+def adamw_fp32_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update fp32 parameters in place with AdamW (formula: module docstring).
+
+    Args:
+        param: (numel,) fp32, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) fp32; updated in place.
+        exp_avg_sq: (numel,) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
+    for part in _chunks(numel):
+        param_part = param.view(-1)[part]
+        new = _updated(
+            param_part,
+            grad.view(-1)[part],
+            exp_avg.view(-1)[part],
+            exp_avg_sq.view(-1)[part],
+            scalars,
+            grad_scale,
+        )
+        param_part.copy_(new)
+
+
+@torch.no_grad()
+def split_master(
+    fp32: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split fp32 values into their bf16 part and the residual (module docstring).
+
+    Args:
+        fp32: (numel,) fp32, any shape, contiguous.
+        out: (hi, lo) to write, bf16 and int16 of the same numel; allocated in the shape of ``fp32`` if None.
+
+    Returns:
+        (hi, lo): ``out``, or new tensors that the caller owns.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    hi, lo = arguments.split_outputs(fp32, out)
+    for part in _chunks(fp32.numel()):
+        _split_into(fp32.view(-1)[part], hi.view(-1)[part], lo.view(-1)[part])
+    return hi, lo
+
+
+@torch.no_grad()
+def join_master(hi: torch.Tensor, lo: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Join a split master to fp32, bit for bit (module docstring).
+
+    Args:
+        hi: (numel,) bf16, any shape, contiguous.
+        lo: (numel,) int16.
+        out: (numel,) fp32 to write; allocated in the shape of ``hi`` if None.
+
+    Returns:
+        ``out``, or a new tensor that the caller owns.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    out = arguments.join_output(hi, lo, out)
+    for part in _chunks(hi.numel()):
+        out.view(-1)[part].view(torch.int32).copy_(_join_bits(hi.view(-1)[part], lo.view(-1)[part]))
+    return out
+
+
+@torch.no_grad()
+def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000.
+
+    Args:
+        acc: (numel,) fp32, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    numel = arguments.check_accumulate(acc, grad)
+    for part in _chunks(numel):
+        acc_part = acc.view(-1)[part]
+        acc_part.copy_(_canonical_nan(acc_part + grad.view(-1)[part].float()))
+
+
+@torch.no_grad()
+def sum_of_squares(x: torch.Tensor) -> float:
+    """Return the sum of the squares in float64 by the fixed tree (module docstring).
+
+    Args:
+        x: (numel,) bf16 or fp32, any shape, contiguous; numel may be 0.
+
+    Returns:
+        The sum; NaN and infinity pass through. On a CUDA tensor this waits for the device.
+
+    Raises:
+        ValueError: if dtype or contiguity does not fit.
+    """
+    numel = arguments.check_sum_of_squares(x)
+    if numel == 0:
+        return 0.0
+    level = torch.cat([_row_sums(x.view(-1)[part].double().square()) for part in _chunks(numel)])
+    while level.numel() > 1:
+        level = _row_sums(level)
+    total = level.item()
+    return math.nan if math.isnan(total) else total
+
+
+def fma(a: torch.Tensor | float, b: torch.Tensor, c: torch.Tensor | float) -> torch.Tensor:
+    """Return the correctly rounded fp32 value of ``a * b + c`` for fp32 operands.
+
+    The product of two fp32 values is exact in float64. The float64 sum is corrected to round-to-odd with the
+    error that TwoSum (Knuth) gives; rounding that to fp32 then is free of double rounding, because float64 has
+    more than two bits to spare, for denormal results too (Boldo & Melquiond 2008, "Emulation of FMA and
+    correctly rounded sums: proved algorithms using rounding to odd").
+
+    Args:
+        a: (n,) fp32 or a Python float that fp32 holds exactly.
+        b: (n,) fp32.
+        c: (n,) fp32 or a Python float that fp32 holds exactly.
+    """
+    product = b.double() * (a.double() if isinstance(a, torch.Tensor) else a)
+    addend = c.double() if isinstance(c, torch.Tensor) else torch.full_like(product, c)
+    total = product + addend
+    addend_part = total - product
+    error = (product - (total - addend_part)) + (addend - addend_part)
+    # Comparisons with NaN are false: an infinite or NaN total, whose error is NaN, stays as it is.
+    inexact = (error > 0) | (error < 0)
+    bits = total.view(torch.int64)
+    magnitude_grows = (error > 0) == (total > 0)
+    step = magnitude_grows.long().mul_(2).sub_(1)
+    step *= inexact & ((bits & 1) == 0)
+    return (bits + step).view(torch.float64).float()
+
+
+def _updated(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float,
+) -> torch.Tensor:
+    """Return the new parameter values of one chunk; write the new moments."""
+    g = grad.float() * round_to_fp32(grad_scale)
+    m = fma(scalars.one_minus_beta1, g - exp_avg, exp_avg)
+    v = fma(g * scalars.one_minus_beta2, g, exp_avg_sq * scalars.beta2)
+    # sqrt goes through float64: the vector maths library behind torch's fp32 sqrt need not round correctly,
+    # and with 53 >= 2 * 24 + 2 bits the second rounding does no harm.
+    d = fma(scalars.inv_bias_correction2_sqrt, v.double().sqrt().float(), scalars.eps)
+    new = fma(-scalars.step_size, m / d, param * scalars.decay)
+    exp_avg.copy_(_canonical_nan(m))
+    exp_avg_sq.copy_(_canonical_nan(v))
+    return _canonical_nan(new)
+
+
+def _canonical_nan(x: torch.Tensor) -> torch.Tensor:
+    """Replace every NaN of the temporary ``x`` by 0x7FC00000, in place."""
+    return x.masked_fill_(x.isnan(), math.nan)
+
+
+def _join_bits(hi: torch.Tensor, lo: torch.Tensor) -> torch.Tensor:
+    """Return the joined values' bits as int32, whose wrap-around is that of uint32."""
+    return (hi.view(torch.int16).int() << 16) + lo.int()
+
+
+def _split_into(fp32: torch.Tensor, hi: torch.Tensor, lo: torch.Tensor) -> None:
+    bits = fp32.view(torch.int32)
+    is_nan = fp32.isnan()
+    # Narrowing to int16 keeps the low 16 bits, so the arithmetic shift equals the logical one.
+    hi_bits = ((bits + 0x8000) >> 16).masked_fill_(is_nan, _NAN_HI_BITS)
+    lo.copy_((bits - (hi_bits << 16)).masked_fill_(is_nan, 0))
+    hi.view(torch.int16).copy_(hi_bits)
+
+
+def _row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Reduce float64 ``values`` (n,) to (ceil(n / 1024),) by halving each row."""
+    padding = -values.numel() % ROW_NUMEL
+    rows = torch.nn.functional.pad(values, (0, padding)).view(-1, ROW_NUMEL)
+    while rows.shape[1] > 1:
+        half = rows.shape[1] // 2
+        rows = rows[:, :half] + rows[:, half:]
+    return rows.view(-1)
+
+
+def _chunks(numel: int) -> list[slice]:
+    """Cut ``numel`` elements into slices of CHUNK_NUMEL, a multiple of ROW_NUMEL."""
+    return [slice(start, min(start + CHUNK_NUMEL, numel)) for start in range(0, numel, CHUNK_NUMEL)]

@@ -1,0 +1,75 @@
+"""The numbers of one AdamW step that are the same for every element.
+
+They are computed once on the host in float64 and rounded once to fp32, so that every kernel (reference, C,
+Triton) starts from the same bits whatever it runs on.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AdamWScalars:
+    """Per-step scalars of AdamW; every value is a Python float that fp32 holds exactly.
+
+    Attributes:
+        decay: ``1 - lr * weight_decay``, multiplies the parameter.
+        one_minus_beta1: weight of the new gradient in ``exp_avg``.
+        beta2: weight of the old ``exp_avg_sq``.
+        one_minus_beta2: weight of the new squared gradient.
+        inv_bias_correction2_sqrt: ``1 / sqrt(1 - beta2 ** step)``.
+        eps: added to the denominator after the bias correction.
+        step_size: ``lr / (1 - beta1 ** step)``.
+    """
+
+    decay: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    inv_bias_correction2_sqrt: float
+    eps: float
+    step_size: float
+
+
+def round_to_fp32(value: float) -> float:
+    """Return ``value`` rounded to the nearest fp32 (ties to even), as a Python float."""
+    return ctypes.c_float(value).value
+
+
+def adamw_scalars(
+    *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+) -> AdamWScalars:
+    """Compute the scalars of one AdamW step (Loshchilov & Hutter 2019, arXiv 1711.05101, Alg. 2).
+
+    Args:
+        lr: learning rate of this step, finite and not negative.
+        beta1: decay rate of ``exp_avg``, in [0, 1).
+        beta2: decay rate of ``exp_avg_sq``, in [0, 1).
+        eps: finite and not negative.
+        weight_decay: decoupled weight decay, finite and not negative.
+        step: this parameter's step count, the first step being 1.
+
+    Returns:
+        The scalars, each rounded once from float64 to fp32.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not (math.isfinite(value) and value >= 0.0):
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+    for name, value in (("beta1", beta1), ("beta2", beta2)):
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if step < 1:
+        raise ValueError(f"step counts from 1, got {step}")
+    return AdamWScalars(
+        decay=round_to_fp32(1.0 - lr * weight_decay),
+        one_minus_beta1=round_to_fp32(1.0 - beta1),
+        beta2=round_to_fp32(beta2),
+        one_minus_beta2=round_to_fp32(1.0 - beta2),
+        inv_bias_correction2_sqrt=round_to_fp32(1.0 / math.sqrt(1.0 - beta2**step)),
+        eps=round_to_fp32(eps),
+        step_size=round_to_fp32(lr / (1.0 - beta1**step)),
+    )
