@@ -1,0 +1,49 @@
+"""hf_slideformer: full-parameter fine-tuning of Hugging Face models larger than the GPU.
+
+The public names load lazily, so `import hf_slideformer` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "SlideTrainer": "trainer",
+    "SlideTrainerMixin": "trainer",
+    "SlideConfig": "config",
+    "SlideAccelerator": "accelerator",
+    "SlideAdamW": "optim",
+    "SlideFormerError": "errors",
+    "ConfigError": "errors",
+    "PlanError": "errors",
+    "UnsupportedModelError": "errors",
+    "TransferError": "errors",
+    "StateError": "errors",
+    "CheckpointError": "errors",
+}
+
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from .accelerator import SlideAccelerator
+    from .config import SlideConfig
+    from .errors import (
+        CheckpointError,
+        ConfigError,
+        PlanError,
+        SlideFormerError,
+        StateError,
+        TransferError,
+        UnsupportedModelError,
+    )
+    from .optim import SlideAdamW
+    from .trainer import SlideTrainer, SlideTrainerMixin
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)

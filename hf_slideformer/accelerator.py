@@ -1,0 +1,141 @@
+"""`SlideAccelerator`: Accelerate's entry point, with one model streamed instead of placed.
+
+Only what depends on where tensors live is overridden; precision, data loaders, trackers and saving are
+Accelerate's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from .config import SlideConfig
+from .engine.engine import SlideEngine, engine_of
+from .errors import UnsupportedModelError
+from .optim import SlideAdamW
+
+
+class SlideAccelerator(Accelerator):
+    """An `Accelerator` whose `prepare` streams the model.
+
+    `configure_slide` sets how; without it the defaults of `SlideConfig` hold.
+    """
+
+    _slide_config: SlideConfig | None = None
+    _slide_accumulates = False
+    _slide_overlap_is_exact = False
+
+    def configure_slide(
+        self, config: SlideConfig, *, accumulates: bool, overlap_is_exact: bool
+    ) -> None:
+        """Set how the next model is streamed.
+
+        Args:
+            config: the user's settings.
+            accumulates: several backwards make a step.
+            overlap_is_exact: no clipping and one backward a step.
+
+        Raises:
+            UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
+        """
+        check_environment(self)
+        self._slide_config = config
+        self._slide_accumulates = accumulates
+        self._slide_overlap_is_exact = overlap_is_exact
+
+    def _engine(self, model: torch.nn.Module) -> SlideEngine | None:
+        return engine_of(model)
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """As in Accelerate. Model and optimizer given together are connected; the model is streamed."""
+        result = list(args)
+        models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
+        for position, obj in enumerate(args):
+            if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
+                result[position] = SlideAdamW.adopt(obj)
+        prepared = super().prepare(*result, device_placement=device_placement)
+        optimizers = [obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)]
+        for model in models:
+            engine = self._engine(model)
+            if engine is not None and len(models) == 1:
+                for optimizer in optimizers:
+                    engine.attach_optimizer(optimizer.optimizer)
+        return prepared
+
+    def prepare_model(
+        self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> torch.nn.Module:
+        """Stream `model`; a model that is streamed already is returned as it is."""
+        if self._engine(model) is not None:
+            if model not in self._models:
+                self._models.append(model)
+            return model
+        SlideEngine(
+            model,
+            device=self.device,
+            bf16=self.mixed_precision == "bf16",
+            config=self._slide_config or SlideConfig(),
+            accumulates=self._slide_accumulates or self.gradient_accumulation_steps > 1,
+            overlap_is_exact=self._slide_overlap_is_exact,
+        )
+        # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
+        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
+        """Wrap the optimizer; its state is placed by the engine, never by Accelerate."""
+        return super().prepare_optimizer(optimizer, device_placement=False)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
+        """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for model in self._models:
+            engine = self._engine(model)
+            if engine is not None:
+                return engine.clip_grad_norm_(parameters, max_norm, norm_type)
+        return super().clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """The model itself, with every pending update done."""
+        engine = self._engine(model)
+        if engine is not None:
+            engine.synchronize()
+        return super().unwrap_model(model, *args, **kwargs)
+
+    def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
+        """The state dict in the dtypes the weights came in."""
+        engine = self._engine(model)
+        state = engine.state_dict_as_loaded(model) if engine is not None else None
+        return super().get_state_dict(model, unwrap=unwrap) if state is None else state
+
+
+def _is_optimizer(obj: Any) -> bool:
+    return isinstance(getattr(obj, "optimizer", None), SlideAdamW)
+
+
+def check_environment(accelerator: Accelerator) -> None:
+    """Refuse launch modes and precisions that streaming cannot be combined with.
+
+    Raises:
+        UnsupportedModelError: with what to do instead.
+    """
+    state = accelerator.state
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) or any(
+        getattr(state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")
+    ):
+        raise UnsupportedModelError(
+            "hf_slideformer places the training state itself and cannot run together with DeepSpeed or FSDP; "
+            "remove their configuration"
+        )
+    if accelerator.num_processes > 1:
+        raise UnsupportedModelError(
+            f"hf_slideformer runs in one process, this launch has {accelerator.num_processes}; launch with "
+            "--num_processes 1"
+        )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UnsupportedModelError(
+            f"mixed precision {accelerator.mixed_precision!r} is not supported; use bf16=True (exact fp32 masters) "
+            "or fp32"
+        )

@@ -1,0 +1,116 @@
+"""Blueprint: what will be streamed and how, known before anything is moved. Pure data over a model's structure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import SlideConfig
+from ..errors import ConfigError, UnsupportedModelError
+from ..hardware import available_gpu_bytes, available_ram_bytes
+from ..memory.layout import ParamSpec, UnitLayout, lay_out
+from ..planner.plan import Budgets, Plan, make_plan
+from .units import UnitModule, find_units, param_spec
+
+# One slot in use, the rest arriving: bursts of late copies are absorbed by the one beyond the minimum.
+_SLOTS = 3
+_MAX_OVERLAP_STAGING = 8
+_SUM_STAGING = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blueprint:
+    """The decisions about one model.
+
+    `specs` is keyed by `id(parameter)`; `layouts` belong to `units` one to one.
+    """
+
+    units: list[UnitModule]
+    layouts: list[UnitLayout]
+    specs: dict[int, ParamSpec]
+    resident: list[ParamSpec]
+    slots: int
+    staging_buffers: int
+    overlapped: bool
+    accumulates: bool
+    on_gpu: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        *,
+        bf16: bool,
+        config: SlideConfig,
+        accumulates: bool,
+        overlap_is_exact: bool,
+        on_gpu: bool,
+    ) -> Blueprint:
+        """Decide for `model`; arguments as for `SlideEngine`.
+
+        Raises:
+            UnsupportedModelError: nothing to stream, or weights that cannot be.
+            ConfigError: settings that contradict each other.
+        """
+        units = find_units(model)
+        specs = {}
+        for name, param in model.named_parameters():
+            if param.device.type == "meta":
+                raise UnsupportedModelError(
+                    f"{name} has no data (meta device); load the model's weights before preparing it"
+                )
+            specs[id(param)] = param_spec(model, name, param, bf16=bf16)
+        streamed = {id(param) for unit in units for param in unit.parameters.values()}
+        if config.update == "overlapped" and accumulates:
+            raise ConfigError(
+                "update='overlapped' needs gradient_accumulation_steps=1: a unit's update would start before its "
+                "gradient is complete; use update='deferred'"
+            )
+        overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
+        if overlapped:  # enough for the worker to stay busy while the next gradients land
+            staging = min(_MAX_OVERLAP_STAGING, max(2, len(units) // 4))
+        else:
+            staging = _SUM_STAGING if accumulates else 0
+        return cls(
+            units=units,
+            layouts=[lay_out([specs[id(param)] for param in unit.parameters.values()]) for unit in units],
+            specs=specs,
+            resident=[spec for key, spec in specs.items() if key not in streamed],
+            slots=min(_SLOTS, max(2, len(units))),
+            staging_buffers=staging,
+            overlapped=overlapped,
+            accumulates=accumulates,
+            on_gpu=on_gpu,
+        )
+
+    def plan(self, *, training: bool) -> Plan:
+        """What lives where, with or without optimizer state."""
+        notes = []
+        if any(spec.split and spec.source_dtype == torch.float32 for spec in self.specs.values()):
+            notes.append(
+                "fp32 weights with bf16=True are exact fp32 masters that compute in bf16, residual stream included; "
+                "they are saved in fp32"
+            )
+        return make_plan(
+            layouts=self.layouts,
+            resident=self.resident,
+            slots=self.slots,
+            training=training,
+            overlapped=self.overlapped,
+            fp32_sums=self.accumulates,
+            staging_buffers=self.staging_buffers if training else 0,
+            on_gpu=self.on_gpu,
+            notes=notes,
+        )
+
+
+def find_budgets(config: SlideConfig, device: torch.device) -> Budgets:
+    """Bytes that may be used: what the user allows, at most what is there."""
+    ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
+    return Budgets(
+        gpu=min(config.gpu_memory or gpu, gpu),
+        ram=min(config.cpu_memory or ram, ram),
+        pinned=config.pinned_memory,
+    )

@@ -1,0 +1,611 @@
+"""`SlideEngine`: one model's streamed training state, from preparation to the last step.
+
+It joins the parts: units found in the model, host memory, slots and lanes, executor, gradients, the update
+worker and the optimizer. Order of one step, with deferred updates:
+
+    forward     each unit waits for its own pending update, then for its copy to the device
+    backward    units in reverse; gradients leave for RAM, or are summed there
+    clip        the global norm is known; the coefficient is kept, gradients are not touched
+    step        resident parameters are updated at once, units' updates are enqueued in forward order
+
+With overlapped updates the third line only reports the norm, and the update of a unit starts as soon as its
+gradients have landed.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ..config import SlideConfig
+from ..errors import StateError, UnsupportedModelError
+from ..hardware import default_update_threads
+from ..memory.manager import UnitMemory
+from ..memory.pinned import HostBuffer
+from ..memory.pool import SlotPool
+from ..memory.transfer import Lane
+from ..metrics import Metrics
+from ..optim.adamw import SlideAdamW
+from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit
+from ..optim.worker import UpdateWorker
+from ..planner.plan import check_budgets
+from .blueprint import Blueprint, find_budgets
+from .executor import Executor, Unit, UnitForward
+from .gradients import Gradients, StagingBuffers
+
+class SlideEngine:
+    """Streams one model's units; see the module's text.
+
+    Making an engine moves the model: units' parameters into host buffers, everything else to `device`.
+
+    Args:
+        model: a transformers model (or a wrapper around one) with its weights loaded.
+        device: where units compute.
+        bf16: mixed precision; fp32 weights become split masters that stream in bf16.
+        config: the user's settings.
+        accumulates: several backwards make a step, so gradients are summed in fp32.
+        overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
+        delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
+            "update", by label.
+
+    Raises:
+        UnsupportedModelError: nothing to stream, or weights that cannot be.
+        PlanError: it does not fit.
+        ConfigError: settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        bf16: bool,
+        config: SlideConfig,
+        accumulates: bool = False,
+        overlap_is_exact: bool = False,
+        delays: Mapping[str, Callable[[str], float]] | None = None,
+    ) -> None:
+        delays = delays or {}
+        self.device = device
+        self.config = config
+        self.metrics = Metrics()
+        self.metrics.tracing = config.trace_steps > 0
+        self._broken: BaseException | None = None
+        self._accumulates = accumulates
+        self._threads = config.cpu_threads or default_update_threads(device)
+        self._optimizer: SlideAdamW | None = None
+        self._grad_scale = 1.0
+        self._steps = 0
+        self._overlapped_hyperparams: dict[int, Hyperparams] = {}
+        self._group_of: dict[int, int] = {}
+        self._loading: dict[int, torch.Tensor] = {}
+
+        self._blueprint = blueprint = Blueprint.of(
+            model,
+            bf16=bf16,
+            config=config,
+            accumulates=accumulates,
+            overlap_is_exact=overlap_is_exact,
+            on_gpu=device.type == "cuda",
+        )
+        self.overlapped = blueprint.overlapped
+        self.plan = blueprint.plan(training=False)
+        # Training is the reason to be here: refuse now what would not fit then.
+        self._budgets = find_budgets(config, device)
+        check_budgets(blueprint.plan(training=True), self._budgets)
+
+        self._pinned_bytes = 0
+        self.states: list[ParamState] = []
+        self._state_of: dict[int, ParamState] = {}
+        units = self._move(model, blueprint)
+        self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
+        self._worker = UpdateWorker(self.metrics, delays.get("update"))
+        slot_bytes = max(layout.weight_bytes for layout in blueprint.layouts)
+        self.pool = SlotPool(device, slot_bytes, blueprint.slots, self._lanes[0], self.metrics)
+        self.gradients: Gradients | None = None
+        self.executor = Executor(device, units, self.pool, self, self.check)
+        for unit in units:
+            unit.found.module.forward = UnitForward(self.executor, unit)
+        _install_hooks(model, self)
+        self._model = weakref.ref(model)
+        self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker)
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def _pin(self, nbytes: int) -> bool:
+        """Whether `nbytes` more may be pinned."""
+        if self.device.type != "cuda":
+            return False
+        if self._budgets.pinned is not None and self._pinned_bytes + nbytes > self._budgets.pinned:
+            return False
+        self._pinned_bytes += nbytes
+        return True
+
+    def _move(self, model: nn.Module, blueprint: Blueprint) -> list[Unit]:
+        specs = blueprint.specs
+        order = {id(param): index for index, (_, param) in enumerate(model.named_parameters())}
+        units = []
+        with torch.no_grad():
+            for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
+                memory = UnitMemory(layout, pin=self._pin(layout.weight_bytes + layout.grad_bytes))
+                by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
+                states, owners = [], []
+                for segment in layout.segments:
+                    name, param = by_name[segment.spec.name]
+                    state = ParamState(
+                        order=order[id(param)],
+                        param=param,
+                        spec=segment.spec,
+                        unit=index,
+                        segment=segment,
+                        weight=memory.weight(segment),
+                        residual=memory.residual(segment),
+                    )
+                    self._rehome(state)
+                    states.append(state)
+                    owners.append(unit.owners[name])
+                units.append(
+                    Unit(
+                        index=index,
+                        found=unit,
+                        layout=layout,
+                        memory=memory,
+                        states=states,
+                        owners=owners,
+                        host_weights=memory.weights.tensor(torch.uint8, 0, layout.weight_bytes),
+                        original_forward=unit.module.forward,
+                    )
+                )
+            for _, param in model.named_parameters():
+                if id(param) not in self._state_of:
+                    spec = specs[id(param)]
+                    residual = torch.zeros(spec.shape, dtype=torch.int16, device=self.device) if spec.split else None
+                    weight = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
+                    self._rehome(ParamState(order[id(param)], param, spec, None, None, weight, residual))
+            for module in model.modules():
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[key] = buffer.to(self.device)
+        self.states.sort(key=lambda state: state.order)
+        return units
+
+    def _rehome(self, state: ParamState) -> None:
+        """Copy a parameter to its new place and let go of the old one: never two copies of the model."""
+        state.write_master(state.param.data)
+        state.param.data = state.weight
+        state.version = state.param._version
+        if self._accumulates and state.spec.trainable and state.spec.dtype != torch.float32:
+            if not hasattr(state.param, "grad_dtype"):
+                raise UnsupportedModelError(
+                    f"gradient accumulation in fp32 with {state.spec.dtype} weights needs torch >= 2.10, this is "
+                    f"{torch.__version__}; upgrade torch, or use gradient_accumulation_steps=1"
+                )
+            # Autograd sums resident gradients in place, so an fp32 sum needs fp32 from the first micro-batch on.
+            state.param.grad_dtype = torch.float32
+        self.states.append(state)
+        self._state_of[id(state.param)] = state
+
+    def attach_optimizer(self, optimizer: SlideAdamW) -> None:
+        """Give the engine the optimizer of its parameters; allocates moments and gradient buffers.
+
+        Raises:
+            UnsupportedModelError: a parameter that is not this model's.
+            StateError: another optimizer is attached already.
+        """
+        if self._optimizer is optimizer:
+            return
+        if self._optimizer is not None:
+            raise StateError("this model already has an optimizer; make a new trainer for another one")
+        for index, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                state = self._state_of.get(id(param))
+                if state is None:
+                    raise UnsupportedModelError(
+                        f"parameter group {index} holds a parameter of shape {tuple(param.shape)} that is not in the "
+                        "prepared model; make the optimizer from the same model object"
+                    )
+                self._group_of[state.order] = index
+        for unit in self.executor.units:
+            unit.memory.allocate_moments()
+            if not self.overlapped:
+                unit.memory.allocate_gradients(fp32=self._accumulates)
+            for state in unit.states:
+                if state.spec.trainable:
+                    state.exp_avg, state.exp_avg_sq = unit.memory.moments(state.segment)
+        for state in self.states:
+            if state.unit is None and state.spec.trainable:
+                state.exp_avg = torch.zeros(state.spec.shape, dtype=torch.float32, device=self.device)
+                state.exp_avg_sq = torch.zeros_like(state.exp_avg)
+        self._optimizer = optimizer
+        optimizer.bind(self)
+        self.plan = self._blueprint.plan(training=True)
+        self.gradients = self._make_gradients()
+
+    def _make_gradients(self) -> Gradients:
+        largest = max(layout.grad_bytes for layout in self._blueprint.layouts)
+        # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves.
+        count = self._blueprint.staging_buffers or 1
+        staging = StagingBuffers(largest, count, pin=self._pin(count * largest)) if largest else None
+        return Gradients(
+            device=self.device,
+            lane=self._lanes[1],
+            worker=self._worker,
+            pool=self.pool,
+            metrics=self.metrics,
+            fp32_sums=self._accumulates,
+            overlapped=self.overlapped,
+            staging=staging,
+            overlapped_update=self._overlapped_update,
+            on_finish=self.executor.tape.restart,
+        )
+
+    # -- sink of the executor ----------------------------------------------------------------------------------
+
+    def begin_unit(self, unit: Unit) -> None:
+        """See `GradientSink`."""
+        if self.gradients is None:
+            raise StateError(
+                "backward on a model that was prepared without an optimizer; prepare both together "
+                "(model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
+            )
+        if self._grad_scale != 1.0:
+            self._apply_grad_scale()
+        self.gradients.begin_unit(unit)
+
+    def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
+        """See `GradientSink`."""
+        assert self.gradients is not None
+        self.gradients.push(unit, grads)
+
+    # -- clipping ----------------------------------------------------------------------------------------------
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
+    ) -> torch.Tensor:
+        """Clip the global gradient norm, as `torch.nn.utils.clip_grad_norm_` does, without touching gradients.
+
+        The coefficient is applied inside the update. Per parameter the sum of squares has one fixed summation
+        tree; parameters are added in registration order in float64.
+
+        Args:
+            parameters: normally all of the model's; a subset is clipped in place by torch's own function.
+            max_norm: the largest norm; inf only measures.
+            norm_type: 2.0, or any other norm by torch's own function.
+
+        Returns:
+            The norm before clipping, 0-dim fp32. With overlapped updates it lives on the device and is not
+            waited for.
+
+        Raises:
+            StateError: a finite `max_norm` after overlapped updates have started.
+        """
+        params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        if self.gradients is None:
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        if self.overlapped and math.isfinite(max_norm):
+            raise StateError(
+                f"clip_grad_norm_(max_norm={max_norm}) after overlapped updates have started; use "
+                "SlideConfig(update='deferred')"
+            )
+        given = {id(param) for param in params}
+        pending = [state for state in self.states if self.gradients.landed(state)]
+        if norm_type != 2.0 or any(id(state.param) not in given for state in pending):
+            self._apply_grad_scale()
+            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+        squares = [self.gradients.squared_norm(state) for state in pending]
+        if self.overlapped:
+            total = sum(squares, start=torch.zeros((), dtype=torch.float64, device=self.device))
+            return total.sqrt().to(torch.float32)
+        norm = math.sqrt(sum(_to_host(squares))) * self._grad_scale
+        # The same arithmetic as torch's, infinities and NaN included.
+        coefficient = float("nan") if math.isinf(norm) and math.isinf(max_norm) else max_norm / (norm + 1e-6)
+        self._grad_scale *= coefficient if not coefficient > 1.0 else 1.0
+        return torch.tensor(norm, dtype=torch.float32)
+
+    def _apply_grad_scale(self) -> None:
+        """Apply a pending clip coefficient to the gradients themselves, before more are added to them."""
+        if self._grad_scale != 1.0:
+            for state in self.states:
+                if state.param.grad is not None:
+                    state.param.grad.mul_(self._grad_scale)
+            self._grad_scale = 1.0
+
+    # -- optimizer backend -------------------------------------------------------------------------------------
+
+    def param_state(self, param: torch.nn.Parameter) -> ParamState:
+        """See `OptimizerBackend`."""
+        return self._state_of[id(param)]
+
+    def _hyperparams(self, state: ParamState) -> Hyperparams:
+        assert self._optimizer is not None
+        return Hyperparams.of_group(self._optimizer.param_groups[self._group_of[state.order]])
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient: residents now, units by the worker, in forward order.
+
+        Raises:
+            StateError: the learning rate changed after overlapped updates had used it, or the engine is broken.
+        """
+        self.check()
+        assert self.gradients is not None and self._optimizer is not None
+        scale = _round_to_fp32(self._grad_scale)
+        self._step_residents(scale)
+        if self.overlapped:
+            for order, used in self._overlapped_hyperparams.items():
+                if used != Hyperparams.of_group(self._optimizer.param_groups[self._group_of[order]]):
+                    raise StateError(
+                        "the learning rate or another hyperparameter changed between backward and step, but "
+                        "overlapped updates had used the old value; use SlideConfig(update='deferred')"
+                    )
+            self._overlapped_hyperparams.clear()
+        else:
+            expected = self.executor.tape.expected
+            place = {index: position for position, index in enumerate(expected)}
+            for unit in sorted(self.executor.units, key=lambda u: place.get(u.index, len(place))):
+                self._enqueue_update(unit, scale, place.get(unit.index, len(place)))
+        self._grad_scale = 1.0
+        self.gradients.forget_norms()
+        for unit in self.executor.units:
+            unit.forwards_since_step = 0
+        self.pool.invalidate()
+        self.executor.prefetch_first()
+        self._steps += 1
+        if self._steps >= self.config.trace_steps:
+            self.metrics.tracing = False
+
+    def _step_residents(self, scale: float) -> None:
+        threads = self._threads if self.device.type == "cpu" else None
+        for state in self.states:
+            grad = state.param.grad
+            if state.unit is None and grad is not None and state.order in self._group_of:
+                state.check_outside_write()
+                state.step += 1
+                assert state.exp_avg is not None and state.exp_avg_sq is not None
+                apply_update(
+                    state.weight,
+                    state.residual,
+                    grad.contiguous(),
+                    state.exp_avg,
+                    state.exp_avg_sq,
+                    self._hyperparams(state).scalars(state.step),
+                    scale,
+                    threads,
+                )
+
+    def _enqueue_update(self, unit: Unit, scale: float, priority: int) -> None:
+        states = [s for s in unit.states if s.param.grad is not None and s.order in self._group_of]
+        # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
+        grads = {state.order: state.param.grad for state in states}
+        for state in unit.states:
+            state.param.grad = None
+        if not states:
+            return
+        runs = self._runs(states)
+        buffer, fp32 = unit.memory.grads, unit.memory.grads_fp32
+        own = all(
+            grads[s.order].data_ptr() == unit.memory.gradient(s.segment).data_ptr()
+            and grads[s.order].dtype == unit.memory.gradient(s.segment).dtype
+            for s in states
+        )
+        if not own:  # someone set p.grad to a tensor of their own
+            with torch.no_grad():
+                for state in states:
+                    unit.memory.gradient(state.segment).copy_(grads[state.order])
+
+        def update() -> None:
+            update_unit(unit.memory, buffer, fp32, runs, scale, self._threads)
+
+        self.metrics.add("updated_params", sum(state.spec.numel for state in states))
+        unit.pending_update = self._worker.submit(
+            f"update of {unit.name}", self._guarded(update), priority=priority
+        )
+
+    def _overlapped_update(self, unit: Unit, states: list[ParamState]) -> Callable[[HostBuffer], None]:
+        states = [state for state in states if state.order in self._group_of]
+        for state in states:
+            self._overlapped_hyperparams[state.order] = self._hyperparams(state)
+        runs = self._runs(states)
+
+        def update(buffer: HostBuffer) -> None:
+            self._guarded(lambda: update_unit(unit.memory, buffer, False, runs, 1.0, self._threads))()
+
+        self.metrics.add("updated_params", sum(state.spec.numel for state in states))
+        return update
+
+    def _runs(self, states: list[ParamState]):
+        for state in states:
+            state.check_outside_write()
+            state.step += 1
+        return plan_runs(states, self._hyperparams)
+
+    def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                self._broken = error  # the unit's state may be half updated
+                raise
+
+        return run
+
+    def state_loaded(self) -> None:
+        """See `OptimizerBackend`."""
+        self.pool.invalidate()
+
+    # -- order and failure -------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise if an update failed: its unit's weights can no longer be trusted.
+
+        Raises:
+            StateError: with the cause.
+        """
+        if self._broken is not None:
+            raise StateError(
+                f"an update failed ({self._broken}), so the weights in memory are not those of any step; resume "
+                "from the last checkpoint in a new process"
+            ) from self._broken
+
+    def synchronize(self) -> None:
+        """Block until every update is done and weights can be read.
+
+        Raises:
+            TransferError: an update failed; the cause is chained.
+        """
+        for unit in self.executor.units:
+            if unit.pending_update is not None:
+                unit.pending_update.wait_host()
+                unit.pending_update = None
+
+    def weights_changed(self) -> None:
+        """Tell the engine that weights were written in a way it cannot see (through `p.data`).
+
+        Copies on the device are dropped. Writes through `p.copy_()` or `load_state_dict` are noticed anyway.
+        """
+        self.synchronize()
+        self.pool.invalidate()
+
+    def reset(self) -> None:
+        """Make the engine usable after an exception between forward and backward, or inside either.
+
+        Pending gradients of the interrupted backward are dropped.
+
+        Raises:
+            StateError: some units were already updated by an interrupted overlapped backward.
+        """
+        if self.gradients is not None:
+            self.gradients.abandon()
+        self.synchronize()
+        for state in self.states:
+            state.param.grad = None
+        self._grad_scale = 1.0
+        self.executor.tape.recorded.clear()
+        for unit in self.executor.units:
+            unit.forwards_since_step = 0
+        if self._overlapped_hyperparams:
+            self._overlapped_hyperparams.clear()
+            self._broken = StateError("backward was interrupted after overlapped updates of some units")
+            self.check()
+
+    def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Called before `load_state_dict` of the model or a part of it."""
+        self.synchronize()
+        if module is self._model() and not prefix:
+            self._loading = {
+                state.order: state_dict[state.name]
+                for state in self.states
+                if state.residual is not None and getattr(state_dict.get(state.name), "dtype", None) == torch.float32
+            }
+
+    def load_ends(self) -> None:
+        """Called after `load_state_dict`: residuals follow the weights, fp32 values exactly."""
+        for state in self.states:
+            if state.order in self._loading:
+                state.write_master(self._loading[state.order])
+            state.check_outside_write()
+        self._loading = {}
+        self.pool.invalidate()
+
+    def state_dict_as_loaded(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
+        """The model's state dict in the dtypes it came in, or None where the live one already is that.
+
+        fp32 weights that train as split masters are joined again, bit for bit; all else is the live tensors.
+        """
+        if not any(s.residual is not None and s.spec.source_dtype == torch.float32 for s in self.states):
+            return None
+        self.synchronize()
+        result = model.state_dict()
+        by_pointer = {state.weight.data_ptr(): state for state in self.states}
+        joined: dict[int, torch.Tensor] = {}
+        for name, value in result.items():
+            state = by_pointer.get(value.data_ptr())
+            if state is not None and state.spec.source_dtype != value.dtype:
+                result[name] = joined.setdefault(state.order, state.read_master())
+        return result
+
+    @property
+    def host_state_bytes(self) -> int:
+        """Bytes of host buffers allocated now."""
+        total = 0
+        for unit in self.executor.units:
+            memory = unit.memory
+            for buffer in (memory.weights, memory.lo, memory.exp_avg, memory.exp_avg_sq, memory.grads):
+                total += buffer.nbytes if buffer is not None else 0
+        return total
+
+    def close(self) -> None:
+        """Finish pending work and end the threads. The model keeps its (host) weights."""
+        self._finalizer()
+
+
+def _close(lanes: list[Lane], worker: UpdateWorker) -> None:
+    for lane in lanes:
+        lane.close()
+    worker.close()
+
+
+def _to_host(values: list[torch.Tensor | float]) -> list[float]:
+    """Bring device scalars to the host in one copy, order kept."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    fetched = iter(torch.stack([t.to(torch.float64) for t in tensors]).tolist() if tensors else ())
+    return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _round_to_fp32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+class _ModelHook:
+    """A hook on a module that does not keep the engine alive and does nothing in a copy of the model."""
+
+    __slots__ = ("_engine", "_run")
+
+    def __init__(self, engine: SlideEngine | None, run: Callable[..., None]) -> None:
+        self._engine = weakref.ref(engine) if engine is not None else None
+        self._run = run
+
+    def __call__(self, *args) -> None:
+        engine = self._engine() if self._engine is not None else None
+        if engine is not None:
+            self._run(engine, *args)
+
+    def __deepcopy__(self, memo: dict) -> _ModelHook:
+        return _ModelHook(None, self._run)
+
+
+def _before_read(engine: SlideEngine, *_: object) -> None:
+    engine.synchronize()
+
+
+def _before_load(engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object) -> None:
+    engine.load_begins(module, state_dict, prefix)
+
+
+def _after_load(engine: SlideEngine, *_: object) -> None:
+    engine.load_ends()
+
+
+def _install_hooks(model: nn.Module, engine: SlideEngine) -> None:
+    inside = {id(module) for unit in engine.executor.units for module in unit.found.module.modules()}
+    for module in model.modules():
+        if id(module) not in inside and next(module.children(), None) is not None:
+            module.register_state_dict_pre_hook(_ModelHook(engine, _before_read))
+            module.register_load_state_dict_pre_hook(_ModelHook(engine, _before_load))
+            module.register_load_state_dict_post_hook(_ModelHook(engine, _after_load))
+
+
+def engine_of(model: nn.Module) -> SlideEngine | None:
+    """The engine that streams `model`, if one does."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, UnitForward):
+            sink = forward.executor.sink
+            return sink if isinstance(sink, SlideEngine) else None
+    return None
+
+
+__all__ = ["SlideEngine", "engine_of"]

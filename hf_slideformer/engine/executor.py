@@ -1,0 +1,414 @@
+"""Executor: runs one unit forward and backward with weights that are on the device only meanwhile.
+
+Model code stays untouched: each unit's instance `forward` is replaced by a `UnitForward`. With autograd on it
+hands the call to one autograd Function that
+
+1. leases the unit's weights and runs the original forward, keeping its graph but none of its activations
+   (`recompute.py`), with the next units already on their way;
+2. in backward, leases the weights again, restores RNG and autocast state, recomputes, differentiates the unit
+   alone, and hands the parameters' gradients to the engine.
+
+Everything between units is the model's own code under ordinary autograd, so any loss works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..errors import StateError, UnsupportedModelError
+from ..memory.layout import UnitLayout
+from ..memory.manager import UnitMemory
+from ..memory.pool import Lease, SlotPool
+from ..memory.transfer import Handle
+from ..optim.state import ParamState
+from .recompute import SavedActivations
+from .schedule import Tape, after_backward, after_forward
+from .units import Owner, UnitModule
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _output_collector
+except ImportError:  # versions that capture outputs in another way; checked by the mixture-of-experts parity tests
+    _output_collector = None
+
+# Arguments that hold a key-value cache. While gradients flow they must be empty: a recompute would append to the
+# cache a second time, which leaves the loss right and makes the gradients silently wrong.
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+
+
+@dataclass(slots=True, eq=False)
+class Unit:
+    """One streamed layer: the module, its host memory, and its parameters' states in layout order."""
+
+    index: int
+    found: UnitModule
+    layout: UnitLayout
+    memory: UnitMemory
+    states: list[ParamState]
+    owners: list[list[Owner]]
+    host_weights: torch.Tensor
+    original_forward: Callable[..., Any]
+    pending_update: Handle | None = None
+    forwards_since_step: int = 0
+    version: int = 0
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the layer in the model."""
+        return self.found.name
+
+    def drop_stale_copy(self, pool: SlotPool) -> None:
+        """Make the next use fetch anew if someone wrote to a parameter (`load_state_dict`, `p.copy_()`)."""
+        version = sum(state.param._version for state in self.states)
+        if version != self.version:
+            self.version = version
+            pool.invalidate_unit(self.index)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any parameter of the unit is trained."""
+        return self.layout.state_numel > 0
+
+
+class GradientSink(Protocol):
+    """Takes a unit's gradients as soon as its backward has been issued."""
+
+    def begin_unit(self, unit: Unit) -> None:
+        """Called before a unit's backward is recomputed."""
+
+    def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
+        """Gradients of the unit's trainable parameters in layout order, on the device, ready on its stream."""
+
+
+class Executor:
+    """Runs units.
+
+    Args:
+        device: where units compute.
+        units: all units in registration order.
+        pool: the slots.
+        sink: receives gradients.
+        check: called at every use; raises if the engine cannot go on.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        units: list[Unit],
+        pool: SlotPool,
+        sink: GradientSink,
+        check: Callable[[], None],
+    ) -> None:
+        self.device = device
+        self.units = units
+        self.pool = pool
+        self.sink = sink
+        self.check = check
+        self.tape = Tape(tuple(unit.index for unit in units))
+        # Gives the Function an input that requires grad where the embedding is frozen.
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def prefetch_first(self) -> None:
+        """Start fetching the units that the next forward needs first."""
+        first = self.tape.expected[: self.pool.depth]
+        for index in first:
+            self.pool.prefetch(self.units[index], keep=first)
+
+    def lease(self, unit: Unit, following: tuple[int, ...]) -> Lease:
+        """Weights of `unit` on the device, the units `following` on their way."""
+        self.check()
+        unit.drop_stale_copy(self.pool)
+        lease = self.pool.acquire(unit)
+        for index in following:
+            self.pool.prefetch(self.units[index], keep=(unit.index, *following))
+        return lease
+
+    # -- forward ---------------------------------------------------------------------------------------------
+
+    def forward(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the unit's original forward returns for these arguments."""
+        following = after_forward(self.tape.expected, unit.index, self.pool.depth)
+        if not torch.is_grad_enabled():
+            return self._run_plain(unit, following, args, kwargs)
+        kwargs = {
+            key: (None if key in _CACHE_ARGUMENTS else False if key == "use_cache" else value)
+            for key, value in kwargs.items()
+        }
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not unit.trainable and not any(tensor.requires_grad for tensor in tensors):
+            with torch.no_grad():  # nothing to differentiate here, so nothing to recompute later
+                return self._run_plain(unit, following, args, kwargs)
+        call = UnitCall(self, unit, leaves, spec)
+        call.position = self.tape.record(unit.index)
+        unit.forwards_since_step += 1
+        outputs = _StreamedUnit.apply(call, self.anchor, *tensors)
+        return call.rebuild(outputs)
+
+    def _run_plain(self, unit: Unit, following: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        lease = self.lease(unit, following)
+        try:
+            with bound(unit, lease):
+                return unit.original_forward(*args, **kwargs)
+        finally:
+            lease.release()
+
+    def run_forward(self, call: UnitCall, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Run a unit under autograd of its own and keep the graph in `call`; returns detached outputs."""
+        unit = call.unit
+        call.inputs = [_as_leaf(tensor) for tensor in tensors]
+        call.ambient = Ambient.current(self.device)
+        before = _captured_lengths()
+        lease = self.lease(unit, after_forward(self.tape.expected, unit.index, self.pool.depth))
+        try:
+            call.leaves = lease.leaves
+            with bound(unit, lease), call.ambient.autocast(), torch.enable_grad(), call.saved.recording():
+                output = unit.original_forward(*call.arguments()[0], **call.arguments()[1])
+        finally:
+            lease.release()
+        return call.keep_outputs(output, before)
+
+    # -- backward --------------------------------------------------------------------------------------------
+
+    def run_backward(self, call: UnitCall, grads: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+        """Differentiate a unit; parameter gradients go to the sink, input gradients are returned."""
+        unit = call.unit
+        self.sink.begin_unit(unit)
+        lease = self.lease(unit, after_backward(self.tape.recorded, call.position, self.pool.depth))
+        try:
+            with bound(unit, lease), call.ambient.restored(), torch.enable_grad():
+                call.saved.recompute(lambda: unit.original_forward(*call.arguments()[0], **call.arguments()[1]))
+            pairs = [
+                (output, grad)
+                for output, grad in zip(call.graph_outputs, grads, strict=True)
+                if grad is not None and output.requires_grad
+            ]
+            wanted_inputs = [tensor for tensor in call.inputs if tensor.requires_grad]
+            wanted_leaves = [leaf for leaf in call.leaves if leaf.requires_grad]
+            results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
+            if pairs:
+                results = torch.autograd.grad(
+                    [output for output, _ in pairs],
+                    [*wanted_inputs, *wanted_leaves],
+                    [grad for _, grad in pairs],
+                    allow_unused=True,
+                )
+        finally:
+            call.saved.clear()
+            lease.release()
+        if unit.trainable:
+            self.sink.push(unit, list(results[len(wanted_inputs) :]))
+        given = iter(results)
+        input_grads = [next(given) if tensor.requires_grad else None for tensor in call.inputs]
+        call.free()
+        return input_grads
+
+
+@dataclass(slots=True, eq=False)
+class UnitCall:
+    """One call of a unit under autograd: what its backward needs."""
+
+    executor: Executor
+    unit: Unit
+    flat: list[Any]
+    spec: pytree.TreeSpec
+    position: int = -1
+    inputs: list[torch.Tensor] = field(default_factory=list)
+    leaves: list[torch.nn.Parameter] = field(default_factory=list)
+    graph_outputs: list[torch.Tensor] = field(default_factory=list)
+    output_flat: list[Any] = field(default_factory=list)
+    output_spec: pytree.TreeSpec | None = None
+    captured: list[tuple[list, int]] = field(default_factory=list)
+    ambient: Ambient = None  # type: ignore[assignment] # set before the unit runs
+    saved: SavedActivations = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        self.saved = SavedActivations(self.unit.name)
+        # Only the structure is kept here; the tensors are the Function's.
+        self.flat = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.flat]
+
+    def arguments(self) -> tuple[tuple, dict[str, Any]]:
+        """`args` and `kwargs` of the original call over the unit's own leaf tensors."""
+        tensors = iter(self.inputs)
+        flat = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.flat]
+        return pytree.tree_unflatten(flat, self.spec)
+
+    def keep_outputs(self, output: Any, before: dict[str, int]) -> tuple[torch.Tensor, ...]:
+        """Remember the graph of the unit's outputs and of what output recorders caught inside it.
+
+        transformers collects router logits through hooks on modules inside the layer. What it caught belongs to
+        the unit's own graph, so the auxiliary loss would not reach the weights through it; it is returned as
+        extra outputs of the Function and put back in place by `rebuild`.
+        """
+        self.output_flat, self.output_spec = pytree.tree_flatten(output)
+        tensors = [leaf for leaf in self.output_flat if isinstance(leaf, torch.Tensor)]
+        collected = _output_collector.get() if _output_collector is not None else None
+        for key, start in before.items():
+            values = (collected or {}).get(key, [])
+            for position in range(start, len(values)):
+                if isinstance(values[position], torch.Tensor) and values[position].requires_grad:
+                    self.captured.append((values, position))
+                    tensors.append(values[position])
+        self.graph_outputs = tensors
+        self.output_flat = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.output_flat]
+        # `.data` rather than detach(): a view of the inner graph's tensor could not be changed in place outside.
+        return tuple(tensor.data for tensor in tensors)
+
+    def rebuild(self, outputs: tuple[torch.Tensor, ...]) -> Any:
+        """The unit's return value over the Function's outputs."""
+        remaining = iter(outputs)
+        flat = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.output_flat]
+        for values, position in self.captured:
+            values[position] = next(remaining)
+        self.captured = []
+        return pytree.tree_unflatten(flat, self.output_spec)
+
+    def free(self) -> None:
+        """Let go of inputs and graph once backward is through."""
+        self.inputs, self.graph_outputs, self.leaves = [], [], []
+
+
+class _StreamedUnit(torch.autograd.Function):
+    """The seam between the model's graph and a unit's own."""
+
+    @staticmethod
+    def forward(ctx, call: UnitCall, anchor: torch.Tensor, *tensors: torch.Tensor):
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        outputs = call.executor.run_forward(call, tensors)
+        ctx.mark_non_differentiable(
+            *(out for out, inner in zip(outputs, call.graph_outputs, strict=True) if not inner.requires_grad)
+        )
+        # Saved for autograd's check that nobody changed the unit's inputs in place before its backward.
+        ctx.save_for_backward(*tensors)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads: torch.Tensor | None):
+        call: UnitCall = ctx.call
+        if torch.is_grad_enabled():
+            raise StateError(
+                "double backward (create_graph=True) through a streamed layer is not supported; use plain Trainer"
+            )
+        ctx.saved_tensors  # noqa: B018 - performs the in-place check
+        return None, None, *call.executor.run_backward(call, grads)
+
+
+_TENSOR = object()  # stands for a tensor in a flattened structure
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _captured_lengths() -> dict[str, int]:
+    collected = _output_collector.get() if _output_collector is not None else None
+    return {key: len(values) for key, values in (collected or {}).items() if isinstance(values, list)}
+
+
+@dataclass(frozen=True, slots=True)
+class Ambient:
+    """The state around a call that changes numbers: random generators and autocast."""
+
+    device: torch.device
+    cpu_rng: torch.Tensor
+    device_rng: torch.Tensor | None
+    autocast_enabled: bool
+    autocast_dtype: torch.dtype
+
+    @classmethod
+    def current(cls, device: torch.device) -> Ambient:
+        """Read the state of the calling thread."""
+        return cls(
+            device,
+            torch.get_rng_state(),
+            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+            torch.is_autocast_enabled(device.type),
+            torch.get_autocast_dtype(device.type),
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The recorded autocast mode, without its weight cache.
+
+        The cache is keyed by tensor identity, and the same leaf holds another unit's weights a moment later.
+        """
+        return torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_enabled, cache_enabled=False
+        )
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Random generators and autocast as recorded; the generators continue afterwards where they were."""
+        now = Ambient.current(self.device)
+        self._seed()
+        try:
+            with self.autocast():
+                yield
+        finally:
+            now._seed()
+
+    def _seed(self) -> None:
+        torch.set_rng_state(self.cpu_rng)
+        if self.device_rng is not None:
+            torch.cuda.set_rng_state(self.device_rng, self.device)
+
+
+@contextlib.contextmanager
+def bound(unit: Unit, lease: Lease) -> Iterator[None]:
+    """Put the device leaves in the place of the unit's parameters in the module tree.
+
+    The parameters themselves (host tensors that the optimizer and the user hold) are never touched.
+    """
+    for state in unit.states:
+        if state.param.requires_grad != state.spec.trainable:
+            raise StateError(
+                f"requires_grad of {state.name} changed to {state.param.requires_grad} after the model was prepared; "
+                "freeze or unfreeze parameters before, and make a new trainer for another choice"
+            )
+        if state.param.data_ptr() != state.weight.data_ptr():
+            raise StateError(
+                f"the memory of {state.name} was replaced (model.to(...) or `p.data = ...`) after the model was "
+                "prepared; copy into it instead: `p.data.copy_(values)`"
+            )
+    try:
+        for owners, leaf in zip(unit.owners, lease.leaves, strict=True):
+            for owner in owners:
+                owner.module._parameters[owner.key] = leaf
+        yield
+    finally:
+        for owners, state in zip(unit.owners, unit.states, strict=True):
+            for owner in owners:
+                owner.module._parameters[owner.key] = state.param
+
+
+class UnitForward:
+    """Stands in for a layer's `forward`; looks like the original to `inspect.signature`."""
+
+    def __init__(self, executor: Executor, unit: Unit) -> None:
+        functools.update_wrapper(self, unit.original_forward)
+        self.executor = executor
+        self.unit = unit
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.executor.forward(self.unit, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # A copied model is an ordinary one: its layers run their own forward over their own (copied) weights.
+        original = self.unit.original_forward
+        module = memo.get(id(self.unit.found.module))
+        if isinstance(original, types.MethodType) and module is not None:
+            return types.MethodType(original.__func__, module)
+        return copy.deepcopy(original, memo)
+
+    def __reduce__(self):
+        raise UnsupportedModelError(
+            "a streamed model cannot be pickled; save it with save_pretrained or save its state_dict()"
+        )

@@ -1,0 +1,311 @@
+"""Gradients on their way from a unit's backward to its update.
+
+Three paths, chosen per unit:
+
+* *own*: one micro-batch, deferred update. Copied in the weights' dtype into the unit's own host buffer.
+* *sum*: a gradient is already there (accumulation, a second backward, a layer used twice). Copied into a staging
+  buffer and added to the unit's fp32 sum by the update worker.
+* *overlapped*: copied into a staging buffer, from which the update starts as soon as it has landed.
+
+In the first two, `p.grad` is the host gradient, set when `backward` returns, so clipping by torch's own functions
+and edits by hand work; `p.grad is None` is the truth about whether a gradient is pending, as in torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+
+import torch
+from slideformer_kernels import accumulate_, sum_of_squares
+
+from ..errors import StateError
+from ..memory.manager import grad_view
+from ..memory.pinned import HostBuffer
+from ..memory.pool import SlotPool
+from ..memory.transfer import Handle, Lane, compute_event
+from ..metrics import Metrics
+from ..optim.state import ParamState
+from ..optim.worker import UpdateWorker
+from .executor import Unit
+
+# How many units' gradients may wait on the device for their copy before the compute stream waits for the oldest.
+_MAX_IN_FLIGHT = 2
+
+# Sums run before updates: a buffer that the copy lane waits for is freed soonest.
+_SUM_PRIORITY = -1
+
+
+class StagingBuffers:
+    """A few equal host buffers; `take` blocks until one is free.
+
+    Args:
+        nbytes: size of each.
+        count: how many.
+        pin: pin them.
+    """
+
+    def __init__(self, nbytes: int, count: int, *, pin: bool) -> None:
+        self.nbytes, self.count = nbytes, count
+        self._free = [HostBuffer(nbytes, pin=pin) for _ in range(count)]
+        self._available = threading.Semaphore(count)
+
+    def take(self) -> HostBuffer:
+        """A free buffer, which the caller owns until `give_back`."""
+        self._available.acquire()
+        return self._free.pop()
+
+    def give_back(self, buffer: HostBuffer) -> None:
+        """Return a buffer that nothing reads or writes any more."""
+        self._free.append(buffer)
+        self._available.release()
+
+
+class Gradients:
+    """Receives units' gradients (see the module's text).
+
+    Args:
+        device: where gradients are produced.
+        lane: device-to-host lane.
+        worker: runs sums and overlapped updates.
+        pool: the slots; a unit's copy there goes stale when its update is enqueued.
+        metrics: receives `d2h_bytes` and `wait_gradients_s`.
+        fp32_sums: host gradients are fp32 from the first micro-batch on.
+        overlapped: start the update as soon as gradients land.
+        staging: staging buffers, sized for the largest unit.
+        update: called under `overlapped` with (unit, present states, buffer, give_back) on the worker's thread;
+            returns nothing, raises on failure.
+        on_finish: called when a backward is complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        lane: Lane,
+        worker: UpdateWorker,
+        pool: SlotPool,
+        metrics: Metrics,
+        fp32_sums: bool,
+        overlapped: bool,
+        staging: StagingBuffers | None,
+        overlapped_update: Callable[[Unit, list[ParamState]], Callable[[HostBuffer], None]],
+        on_finish: Callable[[], None],
+    ) -> None:
+        self._device = device
+        self._lane = lane
+        self._worker = worker
+        self._pool = pool
+        self._metrics = metrics
+        self._fp32_sums = fp32_sums
+        self._overlapped = overlapped
+        self._staging = staging
+        self._overlapped_update = overlapped_update
+        self._on_finish = on_finish
+        self._task: int | None = None
+        self._landing: dict[int, tuple[Unit, list[ParamState], list[Handle]]] = {}
+        self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
+        self._squares: dict[int, tuple[torch.Tensor | float, int]] = {}
+
+    # -- during backward -------------------------------------------------------------------------------------
+
+    def begin_unit(self, unit: Unit) -> None:
+        """Note that backward reached `unit`; the first one of a backward arranges for its end."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            if self._task is not None:  # an earlier backward raised and never finished
+                self.abandon()
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        if self._overlapped and unit.forwards_since_step != 1:
+            raise StateError(
+                f"{unit.name} ran forward {unit.forwards_since_step} times since the last step, but overlapped "
+                "updates need exactly one forward and one backward a step; use SlideConfig(update='deferred')"
+            )
+
+    def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
+        """Send a unit's gradients on their way. See `GradientSink`."""
+        trainable = [state for state in unit.states if state.spec.trainable]
+        present = [
+            (state, grad.contiguous()) for state, grad in zip(trainable, grads, strict=True) if grad is not None
+        ]
+        states, tensors = [state for state, _ in present], [grad for _, grad in present]
+        if not tensors:
+            return
+        if self._overlapped:
+            handle = self._push_overlapped(unit, states, tensors)
+        elif (
+            self._fp32_sums or unit.index in self._landing or any(state.param.grad is not None for state in states)
+        ):
+            handle = self._push_sum(unit, states, tensors)
+        else:
+            handle = self._push_own(unit, states, tensors)
+        self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in tensors))
+        # References are held until the copy is done: the stream that frees the memory waits for the copy first,
+        # two units later, when it is long over.
+        self._in_flight.append((handle, tensors))
+        while len(self._in_flight) > _MAX_IN_FLIGHT:
+            self._in_flight.popleft()[0].wait_stream()
+
+    def _push_own(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        unit.memory.allocate_gradients(fp32=False)
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), 0)
+        targets = [unit.memory.gradient(state.segment) for state in states]
+        handle = self._copy(unit, targets, tensors)
+        self._landing[unit.index] = (unit, states, [handle])
+        return handle
+
+    def _push_sum(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        earlier = self._landing.pop(unit.index, None)
+        if earlier is not None:
+            self._assign(*earlier)
+        if not unit.memory.grads_fp32:
+            self._promote(unit)
+        assert self._staging is not None
+        staged: list[HostBuffer] = []
+        handle = self._copy_staged(unit, staged, states, tensors)
+        known = {state.order for state in states if state.param.grad is not None}
+
+        def add() -> None:
+            buffer = staged[0]
+            for state in states:
+                source = grad_view(buffer, state.segment, fp32=False)
+                target = unit.memory.gradient(state.segment)
+                if state.order in known:
+                    accumulate_(target, source)
+                else:
+                    target.copy_(source)
+                self._squares[state.order] = (sum_of_squares(target), 0)
+            self._staging.give_back(buffer)
+
+        done = self._worker.submit(f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=handle)
+        self._landing[unit.index] = (unit, states, [handle, done])
+        return handle
+
+    def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), 0)
+        staged: list[HostBuffer] = []
+        handle = self._copy_staged(unit, staged, states, tensors)
+        apply = self._overlapped_update(unit, states)
+
+        def update() -> None:
+            apply(staged[0])
+            self._staging.give_back(staged[0])
+
+        self._pool.invalidate_unit(unit.index)
+        unit.pending_update = self._worker.submit(
+            f"update of {unit.name}", update, priority=unit.index, after=handle
+        )
+        return handle
+
+    def _copy(self, unit: Unit, targets: list[torch.Tensor], tensors: list[torch.Tensor]) -> Handle:
+        def copy() -> None:
+            for target, grad in zip(targets, tensors, strict=True):
+                target.copy_(grad, non_blocking=True)
+
+        return self._lane.submit(
+            f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
+        )
+
+    def _copy_staged(
+        self, unit: Unit, staged: list[HostBuffer], states: list[ParamState], tensors: list[torch.Tensor]
+    ) -> Handle:
+        def copy() -> None:
+            assert self._staging is not None
+            buffer = self._staging.take()
+            staged.append(buffer)
+            for state, grad in zip(states, tensors, strict=True):
+                grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
+
+        return self._lane.submit(
+            f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
+        )
+
+    def _promote(self, unit: Unit) -> None:
+        """Turn a unit's own gradients into an fp32 sum; a further micro-batch is coming."""
+        pending = [
+            (state, state.param.grad)
+            for state in unit.states
+            if state.spec.trainable and state.param.grad is not None
+        ]
+        unit.memory.allocate_gradients(fp32=True)
+        for state, grad in pending:
+            target = unit.memory.gradient(state.segment)
+            target.copy_(grad)
+            state.param.grad = None
+            set_gradient(state, target)
+
+    # -- end of backward -------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Runs when autograd is through: every host gradient is in place when `backward` returns."""
+        self._task = None
+        with self._metrics.timed("wait_gradients_s"):
+            for unit, states, handles in self._landing.values():
+                self._assign(unit, states, handles)
+        self._landing.clear()
+        if not self._overlapped:
+            while self._in_flight:  # all landed: nothing on the device waits for a copy any more
+                self._in_flight.popleft()
+        self._on_finish()
+
+    def _assign(self, unit: Unit, states: list[ParamState], handles: list[Handle]) -> None:
+        for handle in handles:
+            handle.wait_host()
+        for state in states:
+            grad = state.param.grad
+            if grad is None:
+                grad = unit.memory.gradient(state.segment)
+                set_gradient(state, grad)
+            self._squares[state.order] = (self._squares[state.order][0], grad._version)
+
+    def abandon(self) -> None:
+        """Forget gradients of a backward that did not finish, once nothing is writing them."""
+        for _, _, handles in self._landing.values():
+            for handle in handles:
+                _settle(handle)
+        for handle, _ in self._in_flight:
+            _settle(handle)
+        self._landing.clear()
+        self._in_flight.clear()
+        self._squares.clear()
+        self._task = None
+
+    # -- norms -----------------------------------------------------------------------------------------------
+
+    def squared_norm(self, state: ParamState) -> torch.Tensor | float:
+        """Sum of squares of a parameter's pending gradient: a float, or a 0-dim float64 device tensor.
+
+        Taken from when the gradient landed if nobody has changed it since.
+        """
+        grad = state.param.grad
+        known = self._squares.get(state.order)
+        if known is not None and (grad is None or (state.unit is not None and known[1] == grad._version)):
+            return known[0]
+        assert grad is not None
+        return sum_of_squares(grad.detach().contiguous())
+
+    def landed(self, state: ParamState) -> bool:
+        """Whether the parameter has a gradient in this step (pending or already used by an overlapped update)."""
+        return state.param.grad is not None or (self._overlapped and state.order in self._squares)
+
+    def forget_norms(self) -> None:
+        """Called after the step that used them."""
+        self._squares.clear()
+
+
+def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
+    """Set `p.grad`, of another dtype than the parameter where it is an fp32 sum."""
+    if grad.dtype != state.param.dtype and state.param.grad_dtype is not None:
+        state.param.grad_dtype = None
+    state.param.grad = grad
+
+
+def _settle(handle: Handle) -> None:
+    try:
+        handle.wait_host()
+    except Exception:  # noqa: BLE001 - reported to whoever needed the result
+        return

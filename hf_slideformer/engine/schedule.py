@@ -1,0 +1,48 @@
+"""Schedule: which units come next. Pure data in, data out.
+
+The order of units is the one recorded in this step's forward, not the index: layers may be dropped at random,
+and encoder-decoder models have two stacks. Before anything was recorded the index order is the best guess; a
+wrong guess costs a wait, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Tape:
+    """The units run forward since the last step, in order; positions are handed to backward.
+
+    `expected` is the order of the last complete step, or the index order.
+    """
+
+    expected: tuple[int, ...]
+    recorded: list[int] = field(default_factory=list)
+
+    def record(self, unit: int) -> int:
+        """Note that `unit` runs forward now; returns its position."""
+        self.recorded.append(unit)
+        return len(self.recorded) - 1
+
+    def restart(self) -> None:
+        """Begin a new step; what was recorded becomes what is expected."""
+        if self.recorded:
+            self.expected = tuple(self.recorded)
+            self.recorded = []
+
+
+def after_forward(expected: Sequence[int], unit: int, depth: int) -> tuple[int, ...]:
+    """Up to `depth` units expected after `unit` in forward; none after the last (backward starts there)."""
+    try:
+        position = expected.index(unit)
+    except ValueError:
+        return ()
+    return tuple(dict.fromkeys(expected[position + 1 : position + 1 + depth]))
+
+
+def after_backward(recorded: Sequence[int], position: int, depth: int) -> tuple[int, ...]:
+    """Up to `depth` units that backward needs after the one at `position` of the recorded forward."""
+    start = max(0, position - depth)
+    return tuple(dict.fromkeys(reversed(recorded[start:position])))

@@ -1,0 +1,125 @@
+"""Units: the decoder (or encoder) layers of a Hugging Face model, found by structure.
+
+A unit is a `GradientCheckpointingLayer` in a `ModuleList`: the contract that transformers itself relies on when
+it recomputes layers. Everything else (embeddings, final norm, head) is resident.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..errors import UnsupportedModelError
+from ..memory.layout import ParamSpec
+
+# Arguments through which layers hand each other tensors by mutating a dictionary: flattening the arguments
+# would cut that path, and gradients through it would be lost.
+_SIDE_CHANNELS = ("shared_kv_states", "shared_key_value_states")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Owner:
+    """One place in the module tree that holds a parameter."""
+
+    module: nn.Module
+    key: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitModule:
+    """A layer found in the model: its qualified name and its own parameters, each once."""
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    owners: dict[str, list[Owner]]
+
+
+def find_units(model: nn.Module) -> list[UnitModule]:
+    """The model's units in registration order.
+
+    A parameter that is shared with another unit or with anything outside is left out of the unit (it stays
+    resident).
+
+    Raises:
+        UnsupportedModelError: no such layers, or layers that exchange tensors through a side channel.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        if any(name.startswith(f"{outer}.") for outer, _ in found):
+            continue  # a list inside a unit belongs to that unit
+        if all(isinstance(child, GradientCheckpointingLayer) for child in module):
+            found.extend((f"{name}.{index}" if name else str(index), child) for index, child in enumerate(module))
+    if not found:
+        lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+        raise UnsupportedModelError(
+            f"no layers to stream were found in {type(model).__name__}: none of its module lists "
+            f"({', '.join(lists) or 'it has none'}) holds transformers' GradientCheckpointingLayer. Models that "
+            "support gradient checkpointing in transformers >= 5 work; use plain Trainer for this one"
+        )
+    for name, module in found:
+        for argument in inspect.signature(module.forward).parameters:
+            if argument in _SIDE_CHANNELS:
+                raise UnsupportedModelError(
+                    f"{name} ({type(module).__name__}) hands tensors to later layers through `{argument}`, which "
+                    "streaming would cut; use plain Trainer for this model"
+                )
+    uses: dict[int, set[str]] = {}
+    unit_names = [name for name, _ in found]
+    for full_name, param in model.named_parameters(remove_duplicate=False):
+        owner = next((n for n in unit_names if full_name.startswith(f"{n}.")), "")
+        uses.setdefault(id(param), set()).add(owner)
+    units = []
+    for name, module in found:
+        parameters: dict[str, nn.Parameter] = {}
+        owners: dict[str, list[Owner]] = {}
+        names: dict[int, str] = {}
+        for module_name, submodule in module.named_modules():
+            for key, param in submodule._parameters.items():
+                if param is None or len(uses[id(param)]) > 1:
+                    continue
+                full_name = ".".join(part for part in (name, module_name, key) if part)
+                first = names.setdefault(id(param), full_name)
+                parameters[first] = param
+                owners.setdefault(first, []).append(Owner(submodule, key))
+        units.append(UnitModule(name, module, parameters, owners))
+    return units
+
+
+def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) -> ParamSpec:
+    """How a parameter streams and what its master is.
+
+    bf16 weights get a split master. fp32 weights become split masters under `bf16` (mixed precision), except
+    those that the model class keeps in fp32 on purpose; otherwise they stay plain fp32. Frozen weights of other
+    dtypes stream as they are.
+
+    Raises:
+        UnsupportedModelError: trainable weights in another dtype (fp16, quantized).
+    """
+    trainable = param.requires_grad
+    if param.dtype == torch.bfloat16:
+        return ParamSpec(name, tuple(param.shape), torch.bfloat16, torch.bfloat16, trainable, trainable)
+    if param.dtype == torch.float32:
+        split = bf16 and not _kept_in_fp32(model, name)
+        dtype = torch.bfloat16 if split else torch.float32
+        return ParamSpec(name, tuple(param.shape), dtype, torch.float32, split, trainable)
+    if trainable:
+        raise UnsupportedModelError(
+            f"{name} is trainable in {param.dtype}; load the model in bfloat16 or float32 "
+            "(from_pretrained(..., dtype=torch.bfloat16))"
+        )
+    return ParamSpec(name, tuple(param.shape), param.dtype, param.dtype, False, False)
+
+
+def _kept_in_fp32(model: nn.Module, name: str) -> bool:
+    patterns: set[str] = set()
+    for module in model.modules():
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+            patterns.update(getattr(module, attribute, None) or ())
+    return any(pattern in name.split(".") for pattern in patterns)

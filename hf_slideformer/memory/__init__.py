@@ -1,0 +1,1 @@
+"""Memory: page-aligned host buffers, unit layouts, GPU slots, and the lanes that copy between them."""

@@ -1,0 +1,109 @@
+"""Unit layouts: which bytes of a unit's flat buffers belong to which parameter. Pure data.
+
+Every parameter starts at a multiple of 128 elements in each of its buffers, so at 256 bytes or more: matrix
+libraries choose kernels by alignment, and placement must not change numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+ALIGN_ELEMENTS = 128
+ALIGN_BYTES = 256
+
+
+def _aligned(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What is known of a parameter before any memory is laid out.
+
+    `dtype` is the dtype in which it streams and computes; `split` says that its fp32 master is stored as that
+    bf16 value and an int16 residual; `source_dtype` is the dtype it came in and is saved in.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    source_dtype: torch.dtype
+    split: bool
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One parameter's place in its unit's buffers.
+
+    `weight_offset` and `grad_offset` are in bytes; `state_offset` (moments, fp32 gradients) and `lo_offset`
+    (residual) in elements, -1 where the parameter has no such state.
+    """
+
+    spec: ParamSpec
+    weight_offset: int
+    grad_offset: int
+    state_offset: int
+    lo_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnitLayout:
+    """The segments of one unit, trainable ones first, and the sizes of its buffers."""
+
+    segments: tuple[Segment, ...]
+    weight_bytes: int
+    grad_bytes: int
+    state_numel: int
+    lo_numel: int
+
+    @property
+    def numel(self) -> int:
+        """Number of parameters, padding not counted."""
+        return sum(segment.spec.numel for segment in self.segments)
+
+    @property
+    def trainable_numel(self) -> int:
+        """Number of trainable parameters, padding not counted."""
+        return sum(segment.spec.numel for segment in self.segments if segment.spec.trainable)
+
+
+def lay_out(specs: Sequence[ParamSpec]) -> UnitLayout:
+    """The layout of one unit's parameters.
+
+    Order: trainable split, trainable plain, frozen split, frozen plain; registration order within each, so
+    that neighbours of one optimizer group can be updated by one kernel call.
+    """
+    order = sorted(specs, key=lambda spec: (not spec.trainable, not spec.split))
+    segments = []
+    weight_bytes = grad_bytes = state_numel = lo_numel = 0
+    for spec in order:
+        padded = _aligned(spec.numel, ALIGN_ELEMENTS)
+        nbytes = _aligned(padded * spec.dtype.itemsize, ALIGN_BYTES)
+        segments.append(
+            Segment(
+                spec,
+                weight_bytes,
+                grad_bytes if spec.trainable else -1,
+                state_numel if spec.trainable else -1,
+                lo_numel if spec.split else -1,
+            )
+        )
+        weight_bytes += nbytes
+        if spec.trainable:
+            grad_bytes += nbytes
+            state_numel += padded
+        if spec.split:
+            lo_numel += padded
+    return UnitLayout(tuple(segments), weight_bytes, grad_bytes, state_numel, lo_numel)

@@ -1,0 +1,78 @@
+"""Host buffers: page-aligned anonymous memory, pinned on request, never copied by a fork.
+
+torch's caching host allocator rounds each block up to a power of two, so state buffers are mapped here and
+registered with the driver instead. Every tensor handed out is its own storage over the mapping
+(`torch.frombuffer`): views of one tensor share a storage, and the usual saving code then takes all
+parameters of a unit for one tied weight.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+import weakref
+
+import torch
+
+from ..errors import PlanError
+
+
+class HostBuffer:
+    """`nbytes` of zeroed RAM.
+
+    Pages are touched lazily, except where pinning makes the driver touch them. Tensors made from the buffer
+    keep the memory alive after the buffer object is gone; only the pinning ends with the object.
+
+    Args:
+        nbytes: size in bytes; rounded up to whole pages.
+        pin: register the memory with the CUDA driver, so that copies to and from a GPU are asynchronous.
+
+    Raises:
+        PlanError: the operating system refuses the memory.
+    """
+
+    def __init__(self, nbytes: int, *, pin: bool = False) -> None:
+        self.nbytes = max(mmap.PAGESIZE, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        try:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise PlanError(
+                f"the operating system refused {self.nbytes / 2**30:.2f} GiB of RAM ({error}); "
+                "free memory, lower cpu_memory or use a smaller model"
+            ) from error
+        for advice in ("MADV_DONTFORK", "MADV_HUGEPAGE"):
+            # DONTFORK: forked dataloader workers must not double the state when either side writes to it.
+            if hasattr(mmap, advice):
+                try:
+                    self._map.madvise(getattr(mmap, advice))
+                except OSError:  # a kernel built without transparent huge pages
+                    continue
+        self.pinned = bool(pin) and self._register()
+
+    def _register(self) -> bool:
+        address = self.tensor(torch.uint8, 0, 1).data_ptr()
+        status = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
+        if int(status) != 0:
+            warnings.warn(
+                f"pinning {self.nbytes / 2**30:.2f} GiB of RAM was refused (CUDA error {int(status)}); the buffer stays "
+                "pageable, which makes its transfers synchronous and about half as fast. Raise `ulimit -l`, or set "
+                "pinned_memory to what the system allows.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
+        # The mapping is an argument so that it outlives the registration. Runs at exit too, while the CUDA
+        # context still exists.
+        weakref.finalize(self, _unregister, self._map, address)
+        return True
+
+    def tensor(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
+        """A 1-D tensor, its own storage, over `numel` elements from `offset_bytes` on."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes)
+
+
+def _unregister(mapping: mmap.mmap, address: int) -> None:
+    del mapping
+    torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,0 +1,190 @@
+"""Slots: the few GPU buffers that units take turns in, and the leases on them.
+
+Hazard "slot reuse" (referred to elsewhere by that name): a slot's next copy must not start before the last
+kernel that reads the slot has finished, and a kernel must not start before the copy into the slot has landed.
+The first is ordered by the event recorded when a lease ends, the second by the handle that `acquire` waits for
+on the current stream. Neither blocks the host, except for work that has not been issued yet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from ..metrics import Metrics
+from .layout import UnitLayout
+from .transfer import Handle, Lane, compute_event
+
+
+class WeightSource(Protocol):
+    """What the pool needs to know of a unit."""
+
+    index: int
+    name: str
+    layout: UnitLayout
+
+    @property
+    def host_weights(self) -> torch.Tensor:
+        """(layout.weight_bytes,) uint8 on the host."""
+        ...
+
+    @property
+    def pending_update(self) -> Handle | None:
+        """Handle of an update that the next fetch must wait for."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    buffer: torch.Tensor
+    unit: int | None = None
+    handle: Handle = field(default_factory=Handle.done)
+    released: torch.cuda.Event | None = None
+    leases: int = 0
+    last_use: int = 0
+    leaves: dict[UnitLayout, list[torch.nn.Parameter]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Lease:
+    """The right to compute with a unit's weights until `release`.
+
+    `leaves` are the unit's parameters on the device, in the order of `layout.segments`: autograd leaves over
+    the slot's memory, valid only until `release`.
+    """
+
+    leaves: list[torch.nn.Parameter]
+    _pool: SlotPool
+    _slot: _Slot
+
+    def release(self) -> None:
+        """End the lease; the slot may be overwritten once what the current stream was given is done."""
+        self._pool._release(self._slot)
+
+
+class SlotPool:
+    """A fixed number of equal GPU buffers with the weights of the units used last and next.
+
+    Args:
+        device: where the slots live. On the CPU the pool copies too, and fills a slot with NaN bytes when it is
+            given to another unit, so that a read outside a lease cannot go unnoticed.
+        slot_bytes: size of one slot, that of the largest unit.
+        num_slots: at least 2 (one in use, one arriving).
+        lane: the host-to-device lane.
+        metrics: receives `h2d_bytes` and `wait_weights_s`.
+    """
+
+    def __init__(
+        self, device: torch.device, slot_bytes: int, num_slots: int, lane: Lane, metrics: Metrics
+    ) -> None:
+        self._device = device
+        self._lane = lane
+        self._metrics = metrics
+        self._lock = threading.Lock()  # forward runs on the user's thread, backward on autograd's
+        self._clock = 0
+        # Slots outlive any inference_mode that happens to be active at the first fetch.
+        with torch.inference_mode(False):
+            self._slots = [
+                _Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(num_slots)
+            ]
+
+    @property
+    def depth(self) -> int:
+        """How many units can be on their way while one is in use."""
+        return len(self._slots) - 1
+
+    def prefetch(self, unit: WeightSource, keep: Collection[int]) -> None:
+        """Start fetching `unit` if a slot is free that does not hold one of the units `keep`."""
+        with self._lock:
+            if self._find(unit.index) is None:
+                slot = self._victim(keep)
+                if slot is not None:
+                    self._fetch(slot, unit)
+
+    def acquire(self, unit: WeightSource) -> Lease:
+        """The unit's weights on the device; the current stream waits for them, the host does not."""
+        with self._lock:
+            slot = self._find(unit.index)
+            if slot is None:
+                slot = self._victim(())
+                assert slot is not None, "more units leased at once than there are slots"
+                self._fetch(slot, unit)
+            slot.leases += 1
+            self._clock += 1
+            slot.last_use = self._clock
+        try:
+            with self._metrics.timed("wait_weights_s", unit.name):
+                slot.handle.wait_stream()
+        except BaseException:
+            with self._lock:
+                slot.leases -= 1
+                slot.unit = None
+            raise
+        return Lease(self._leaves(slot, unit.layout), self, slot)
+
+    def invalidate(self) -> None:
+        """Forget every unit's weights; they are about to change on the host."""
+        with self._lock:
+            for slot in self._slots:
+                slot.unit = None
+
+    def invalidate_unit(self, index: int) -> None:
+        """Forget one unit's weights."""
+        with self._lock:
+            slot = self._find(index)
+            if slot is not None:
+                slot.unit = None
+
+    def wait(self) -> None:
+        """Block until no fetch is under way. Failures stay with the handles that hold them."""
+        for slot in self._slots:
+            if not slot.handle.failed:
+                slot.handle.wait_host()
+
+    def _find(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.unit == index), None)
+
+    def _victim(self, keep: Collection[int]) -> _Slot | None:
+        free = [slot for slot in self._slots if slot.leases == 0 and (slot.unit is None or slot.unit not in keep)]
+        return min(free, key=lambda slot: (slot.unit is not None, slot.last_use), default=None)
+
+    def _fetch(self, slot: _Slot, unit: WeightSource) -> None:
+        nbytes = unit.layout.weight_bytes
+        host = unit.host_weights
+        if self._device.type == "cpu":
+            slot.handle.wait_issued() if not slot.handle.failed else None
+            slot.buffer.fill_(0xFF)  # NaN in every float dtype: a stale read shows
+        after = [unit.pending_update] if unit.pending_update is not None else []
+        self._clock += 1
+        slot.unit, slot.last_use = unit.index, self._clock
+        target = slot.buffer[:nbytes]
+        slot.handle = self._lane.submit(
+            f"fetch of {unit.name}",
+            lambda: target.copy_(host, non_blocking=True),
+            after=after,
+            after_events=(slot.released,),  # hazard "slot reuse"
+        )
+        self._metrics.add("h2d_bytes", nbytes)
+
+    def _release(self, slot: _Slot) -> None:
+        event = compute_event(self._device)
+        with self._lock:
+            slot.leases -= 1
+            slot.released = event
+
+    def _leaves(self, slot: _Slot, layout: UnitLayout) -> list[torch.nn.Parameter]:
+        leaves = slot.leaves.get(layout)
+        if leaves is None:
+            with torch.inference_mode(False):
+                leaves = []
+                for segment in layout.segments:
+                    spec = segment.spec
+                    nbytes = spec.numel * spec.dtype.itemsize
+                    view = slot.buffer[segment.weight_offset : segment.weight_offset + nbytes].view(spec.dtype)
+                    leaves.append(torch.nn.Parameter(view.view(spec.shape), requires_grad=spec.trainable))
+            slot.leaves[layout] = leaves
+        return leaves

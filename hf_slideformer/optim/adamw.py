@@ -1,0 +1,206 @@
+"""`SlideAdamW`: the optimizer a user sees; a real `torch.optim.Optimizer` whose state lives in the engine.
+
+Mathematics: AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2), on
+fp32 master weights with fp32 moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import CheckpointError, StateError, UnsupportedModelError
+from .state import ParamState
+
+
+class OptimizerBackend(Protocol):
+    """What `SlideAdamW` needs from the engine that owns the state."""
+
+    def step(self) -> None:
+        """Apply or enqueue one update of every parameter that has a gradient."""
+
+    def synchronize(self) -> None:
+        """Block until every enqueued update is done."""
+
+    def param_state(self, param: torch.nn.Parameter) -> ParamState:
+        """The state of a parameter in one of the optimizer's groups."""
+        ...
+
+    def state_loaded(self) -> None:
+        """Called after optimizer state was replaced."""
+
+
+class SlideAdamW(torch.optim.Optimizer):
+    """AdamW whose weights, masters and moments may live anywhere.
+
+    Works like `torch.optim.AdamW` once model and optimizer were prepared together; before that, `step()`
+    raises. Schedulers, parameter groups and `state_dict` are the ordinary ones.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+
+    Raises:
+        ValueError: a hyperparameter outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor] | Iterable[dict[str, Any]],
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        if float(lr) < 0.0:
+            raise ValueError(f"lr must be >= 0, got {lr}")
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas must be in [0, 1), got {betas}")
+        if eps < 0.0:
+            raise ValueError(f"eps must be >= 0, got {eps}")
+        if weight_decay < 0.0:
+            raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._backend: OptimizerBackend | None = None
+
+    @classmethod
+    def adopt(cls, optimizer: torch.optim.Optimizer) -> SlideAdamW:
+        """A SlideAdamW that shares the parameter groups of a fresh `torch.optim.AdamW`.
+
+        The group dictionaries are shared by reference, so schedulers made for `optimizer` keep driving it.
+
+        Raises:
+            UnsupportedModelError: any other optimizer, or an option of AdamW that changes its mathematics.
+        """
+        if isinstance(optimizer, cls):
+            return optimizer
+        cls.check_adoptable(optimizer)
+        adopted = cls([{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups])
+        adopted.param_groups = optimizer.param_groups
+        adopted.defaults = optimizer.defaults
+        # Schedulers warn when the optimizer they were made for never steps; ours steps in its place.
+        optimizer._opt_called = True
+        return adopted
+
+    @classmethod
+    def check_adoptable(cls, optimizer: torch.optim.Optimizer) -> None:
+        """Raise `UnsupportedModelError` unless `adopt` can take `optimizer`."""
+        if isinstance(optimizer, cls):
+            return
+        if type(optimizer) is not torch.optim.AdamW:
+            raise UnsupportedModelError(
+                f"{type(optimizer).__name__} cannot update streamed parameters; use torch.optim.AdamW or "
+                "hf_slideformer.SlideAdamW (TrainingArguments: optim='adamw_torch' or 'adamw_torch_fused')"
+            )
+        for group in optimizer.param_groups:
+            for option in ("amsgrad", "maximize", "differentiable"):
+                if group.get(option):
+                    raise UnsupportedModelError(f"AdamW's option {option}=True is not supported; leave it off")
+        if optimizer.state:
+            raise UnsupportedModelError(
+                "the optimizer has already made steps; prepare it before the first one, then load its state_dict"
+            )
+
+    def bind(self, backend: OptimizerBackend) -> None:
+        """Connect to the engine that owns the parameters' state."""
+        self._backend = backend
+
+    def _bound(self) -> OptimizerBackend:
+        if self._backend is None:
+            raise StateError(
+                "SlideAdamW has no state yet: prepare model and optimizer together (SlideTrainer does it in "
+                "train(); in a loop: model, optimizer = accelerator.prepare(model, optimizer))"
+            )
+        return self._backend
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        """One update of every parameter that has a gradient; may return before it is done.
+
+        Args:
+            closure: reevaluates the loss, as in `torch.optim`.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            StateError: model and optimizer were not prepared together.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._bound().step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """State as `torch.optim` gives it: per parameter `step`, `exp_avg`, `exp_avg_sq`, and
+        `master_residual` (int16) for split masters. Tensors are the live state, not copies.
+        """
+        if self._backend is None:
+            return super().state_dict()
+        self._backend.synchronize()
+        packed = super().state_dict()  # groups with indices; self.state is empty
+        state: dict[int, dict[str, Any]] = {}
+        for index, param in enumerate(self._params()):
+            entry = self._backend.param_state(param)
+            if entry.exp_avg is None:
+                continue
+            entry.check_outside_write()
+            state[index] = {
+                "step": torch.tensor(float(entry.step)),
+                "exp_avg": entry.exp_avg,
+                "exp_avg_sq": entry.exp_avg_sq,
+            }
+            if entry.residual is not None:
+                state[index]["master_residual"] = entry.residual
+        packed["state"] = state
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy state into place, bit for bit; a `torch.optim.AdamW` state is accepted too.
+
+        Load the model's weights first: a `master_residual` belongs to the weights it was saved with.
+
+        Raises:
+            CheckpointError: groups or shapes do not match this optimizer's.
+        """
+        backend = self._bound()
+        backend.synchronize()
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
+            raise CheckpointError(
+                f"the saved optimizer has groups of {[len(g['params']) for g in saved]} parameters, this one of "
+                f"{[len(g['params']) for g in groups]}; resume with the same model and weight-decay settings"
+            )
+        params = self._params()
+        indices = [index for group in saved for index in group["params"]]
+        for index, param in zip(indices, params, strict=True):
+            values = state_dict["state"].get(index)
+            if values is None:
+                continue
+            entry = backend.param_state(param)
+            for key in ("exp_avg", "exp_avg_sq"):
+                target = getattr(entry, key)
+                if target is None or values[key].shape != target.shape:
+                    have = "none" if target is None else tuple(target.shape)
+                    raise CheckpointError(
+                        f"{entry.name}: saved {key} has shape {tuple(values[key].shape)}, this model's has {have}"
+                    )
+                target.copy_(values[key])
+            entry.check_outside_write()
+            if entry.residual is not None and "master_residual" in values:
+                entry.residual.copy_(values["master_residual"])
+            entry.step = int(values["step"])
+        for group, saved_group in zip(groups, saved, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
+        backend.state_loaded()
+
+    def _params(self) -> list[torch.nn.Parameter]:
+        return [param for group in self.param_groups for param in group["params"]]

@@ -1,0 +1,288 @@
+"""`SlideTrainer`: transformers' Trainer with a model that streams through the GPU.
+
+Only the seams where a tensor's place matters are overridden; the training loop, logging, evaluation and resume
+are Trainer's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from .accelerator import SlideAccelerator, check_environment
+from .config import SlideConfig
+from .engine.blueprint import Blueprint, find_budgets
+from .engine.engine import SlideEngine, engine_of
+from .errors import ConfigError, StateError, UnsupportedModelError
+from .metrics import Metrics
+from .optim import SlideAdamW
+from .planner.plan import Plan, check_budgets
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+class SlideStatus:
+    """`trainer.slide`: what the engine is doing and where everything lives."""
+
+    def __init__(self, trainer: SlideTrainerMixin) -> None:
+        self._trainer = trainer
+
+    @property
+    def engine(self) -> SlideEngine | None:
+        """The engine, once the model has been prepared by `train()` or `evaluate()`."""
+        return engine_of(self._trainer.model)
+
+    @property
+    def plan(self) -> Plan:
+        """Bytes per tier; before the model is prepared, as it will be for training."""
+        engine = self.engine
+        return engine.plan if engine is not None else self._trainer._blueprint().plan(training=True)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Totals so far, see `hf_slideformer.metrics.Metrics`; empty before the model is prepared."""
+        engine = self.engine
+        return engine.metrics.totals() if engine is not None else {}
+
+    @property
+    def recorder(self) -> Metrics | None:
+        """The live metrics object (spans, trace), once the model has been prepared."""
+        engine = self.engine
+        return engine.metrics if engine is not None else None
+
+    def synchronize(self) -> None:
+        """Block until every update is done, so that weights can be read by hand."""
+        engine = self.engine
+        if engine is not None:
+            engine.synchronize()
+
+    def weights_changed(self) -> None:
+        """Call after writing weights through `p.data`; other writes are noticed."""
+        engine = self.engine
+        if engine is not None:
+            engine.weights_changed()
+
+
+class SlideTrainerMixin:
+    """Makes a Trainer class stream its model; put it first: `class MyTrainer(SlideTrainerMixin, SFTTrainer)`.
+
+    Args:
+        slide_config: a `SlideConfig`, a dict, a YAML path, or None for the defaults. Everything else is the
+            Trainer's.
+
+    Raises:
+        ConfigError, UnsupportedModelError, PlanError: at construction, before anything is moved.
+    """
+
+    def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
+        self._slide_config = SlideConfig.of(slide_config)
+        super().__init__(*args, **kwargs)
+        self.slide = SlideStatus(self)
+        self._check_model(self.model)
+        if self.optimizer is not None:
+            SlideAdamW.check_adoptable(self.optimizer)
+        check_budgets(self._blueprint().plan(training=True), find_budgets(self._slide_config, self.args.device))
+        self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Check the arguments before anything is built on them, then make the accelerator a streaming one."""
+        self._check_arguments()
+        super().create_accelerator_and_postprocess()
+        # Same object, so bound methods that Trainer has already taken from it stay valid.
+        self.accelerator.__class__ = SlideAccelerator
+        self.accelerator.configure_slide(
+            self._slide_config,
+            accumulates=self.args.gradient_accumulation_steps > 1,
+            overlap_is_exact=self._overlap_is_exact(),
+        )
+        self.args._n_gpu = min(1, self.args._n_gpu)  # several visible GPUs would mean DataParallel
+
+    def _overlap_is_exact(self) -> bool:
+        return self.args.max_grad_norm in (None, 0) and self.args.gradient_accumulation_steps == 1
+
+    def _blueprint(self) -> Blueprint:
+        return Blueprint.of(
+            self.model,
+            bf16=self.accelerator.mixed_precision == "bf16",
+            config=self._slide_config,
+            accumulates=self.args.gradient_accumulation_steps > 1,
+            overlap_is_exact=self._overlap_is_exact(),
+            on_gpu=self.accelerator.device.type == "cuda",
+        )
+
+    def _check_arguments(self) -> None:
+        args = self.args
+        if args.fp16 or args.fp16_full_eval:
+            raise UnsupportedModelError("fp16 is not supported (no loss scaling); use bf16=True")
+        if args.torch_compile:
+            raise UnsupportedModelError(
+                "torch_compile=True is not supported: compiled layers cannot be given other weights; set it to False"
+            )
+        if args.deepspeed or args.fsdp:
+            raise UnsupportedModelError(
+                "hf_slideformer places the training state itself; remove deepspeed= and fsdp= from TrainingArguments"
+            )
+        if self.optimizer_choice() not in _OPTIMIZERS:
+            raise UnsupportedModelError(
+                f"optim={str(args.optim)!r} cannot update streamed parameters; use "
+                + " or ".join(repr(str(name.value)) for name in _OPTIMIZERS)
+            )
+        if args.bf16_full_eval and not args.bf16:
+            raise UnsupportedModelError(
+                "bf16_full_eval=True without bf16=True would cast the training state; use bf16=True, or load the "
+                "model in bfloat16"
+            )
+        args.bf16_full_eval = False  # under bf16=True units compute in bf16 anyway; Trainer would call model.to()
+        if self._slide_config.update == "overlapped" and not self._overlap_is_exact():
+            raise ConfigError(
+                f"update='overlapped' needs max_grad_norm=0 and gradient_accumulation_steps=1, got "
+                f"max_grad_norm={args.max_grad_norm} and {args.gradient_accumulation_steps} steps; use update='auto'"
+            )
+        # Units are recomputed by the engine; the layers must not do it a second time.
+        for flag in ("gradient_checkpointing", "activation_checkpointing"):
+            if getattr(args, flag, False):
+                setattr(args, flag, False)
+        _check_writable(Path(args.output_dir))
+
+    def optimizer_choice(self) -> OptimizerNames:
+        """The optimizer named by the arguments."""
+        return OptimizerNames(self.args.optim)
+
+    def _check_model(self, model: nn.Module) -> None:
+        config = getattr(model, "config", None)
+        if getattr(config, "output_attentions", False):
+            raise UnsupportedModelError(
+                "output_attentions=True would keep every attention matrix of a model that does not fit; set "
+                "model.config.output_attentions = False"
+            )
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            raise UnsupportedModelError(f"pass the model itself, not a {type(model).__name__} around it")
+        for name in ("gradient_checkpointing_disable", "activation_checkpointing_disable"):
+            if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, name):
+                getattr(model, name)()
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Nothing to move: the engine places the model when it is prepared."""
+
+    # -- optimizer -------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`SlideAdamW` over the groups that Trainer makes (weight decay and none)."""
+        if self.optimizer is None:
+            _, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.optimizer_cls_and_kwargs is not None:
+                cls, kwargs = self.optimizer_cls_and_kwargs
+                if cls not in (torch.optim.AdamW, SlideAdamW):
+                    raise UnsupportedModelError(
+                        f"{cls.__name__} cannot update streamed parameters; use torch.optim.AdamW or SlideAdamW"
+                    )
+            known = {key: value for key, value in kwargs.items() if key not in ("fused", "foreach", "capturable")}
+            given, self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs, (SlideAdamW, known)
+            try:
+                return super().create_optimizer() if model is None else super().create_optimizer(model)
+            finally:
+                self.optimizer_cls_and_kwargs = given
+        return super().create_optimizer() if model is None else super().create_optimizer(model)
+
+    # -- training --------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; when it returns, every update is done."""
+        self._check_model(self.model)
+        logger.info("Where the training state lives:\n%s", self.slide.plan)
+        result = super().train(*args, **kwargs)
+        self.slide.synchronize()
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer; an exception (out of memory, Ctrl-C) leaves the engine usable."""
+        try:
+            return super().training_step(*args, **kwargs)
+        except BaseException as error:
+            engine = self.slide.engine
+            if engine is not None:
+                try:
+                    engine.reset()
+                except StateError as broken:
+                    raise broken from error
+            raise
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Trainer, in the dtypes that the weights came in."""
+        engine = self.slide.engine
+        joined = None
+        if engine is not None:
+            engine.synchronize()
+            if state_dict is None:
+                joined = engine.state_dict_as_loaded(self.model)
+        super()._save(output_dir, state_dict=state_dict if joined is None else joined)
+        if joined is not None:
+            _set_saved_dtype(Path(output_dir or self.args.output_dir) / "config.json", torch.float32)
+
+
+class SlideTrainer(SlideTrainerMixin, Trainer):
+    """`transformers.Trainer` for models whose training state is larger than the GPU.
+
+    Args: as for Trainer, and `slide_config` (see `SlideConfig`).
+    """
+
+
+class _DrainBeforeForeignCallbacks(TrainerCallback):
+    """Waits for pending updates before callbacks that are not transformers' own: some read weights."""
+
+    def __init__(self, trainer: SlideTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def _drain(self, event: str) -> None:
+        for callback in self._trainer.callback_handler.callbacks:
+            if callback is not self and not type(callback).__module__.startswith("transformers."):
+                method = getattr(type(callback), event, None)
+                if method is not None and method is not getattr(TrainerCallback, event, None):
+                    self._trainer.slide.synchronize()
+                    return
+
+
+def _drain_on(event: str):
+    def method(self, args, state, control, **kwargs):
+        self._drain(event)
+
+    method.__name__ = event
+    return method
+
+
+for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_init_end"]:
+    setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
+
+
+def _check_writable(directory: Path) -> None:
+    existing = directory
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir {str(directory)!r} cannot be written ({existing} is not a writable directory)")
+
+
+def _set_saved_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Make a saved configuration name the dtype of the saved weights; the live model computes in another."""
+    if config_file.exists():
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+__all__ = ["SlideStatus", "SlideTrainer", "SlideTrainerMixin", "check_environment"]
