@@ -7,9 +7,7 @@ import torch
 GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 
 
-def check_operands(
-    operation: str, operands: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]]
-) -> int:
+def check_operands(operation: str, operands: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]]) -> int:
     """Check that all operands are contiguous, of an allowed dtype, on one device and equally long.
 
     Args:
@@ -33,9 +31,7 @@ def check_operands(
                 f"strides {tensor.stride()})"
             )
         if tensor.device != first.device:
-            raise ValueError(
-                f"{operation}: {name} is on {tensor.device}, {first_name} is on {first.device}"
-            )
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, {first_name} is on {first.device}")
         if tensor.numel() != first.numel():
             raise ValueError(
                 f"{operation}: {name} has {tensor.numel()} elements, {first_name} has {first.numel()}"

@@ -63,7 +63,7 @@ def load() -> ctypes.CDLL | None:
     if result.error is not None:
         _warn_once(
             "The CPU kernels could not be built; PyTorch operators do the same arithmetic instead, which makes "
-            "optimizer updates on the CPU about 10 to 100 times slower. Install a C compiler (gcc or clang), "
+            "optimizer updates on the CPU about 100 times slower. Install a C compiler (gcc or clang), "
             f"or name one in the environment variable CC. Cause: {result.error}"
         )
     return result.library

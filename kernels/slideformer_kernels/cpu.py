@@ -132,9 +132,7 @@ def split_master(
         RuntimeError: if the library could not be built.
     """
     hi, lo = arguments.split_outputs(fp32, out)
-    _call(
-        "split_master", fp32, fp32.data_ptr(), hi.data_ptr(), lo.data_ptr(), fp32.numel(), threads=threads
-    )
+    _call("split_master", fp32, fp32.data_ptr(), hi.data_ptr(), lo.data_ptr(), fp32.numel(), threads=threads)
     arguments.mark_written(hi, lo)
     return hi, lo
 
