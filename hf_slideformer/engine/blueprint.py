@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,7 @@ class Blueprint:
         accumulates: bool,
         overlap_is_exact: bool,
         on_gpu: bool,
+        resident_units: Collection[int] = (),
     ) -> Blueprint:
         """Decide for `model`; arguments as for `SlideEngine`.
 
@@ -54,7 +56,7 @@ class Blueprint:
             UnsupportedModelError: nothing to stream, or weights that cannot be.
             ConfigError: settings that contradict each other.
         """
-        units = find_units(model)
+        units = [unit for index, unit in enumerate(find_units(model)) if index not in resident_units]
         specs = {}
         for name, param in model.named_parameters():
             if param.device.type == "meta":

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -49,6 +49,8 @@ class SlideEngine:
         config: the user's settings.
         accumulates: several backwards make a step, so gradients are summed in fp32.
         overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
+        resident_units: indices of units that stay on `device` with all their state, run by the model's own code
+            under ordinary autograd with their activations kept.
         delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
             "update", by label.
 
@@ -67,6 +69,7 @@ class SlideEngine:
         config: SlideConfig,
         accumulates: bool = False,
         overlap_is_exact: bool = False,
+        resident_units: Collection[int] = (),
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         delays = delays or {}
@@ -91,6 +94,7 @@ class SlideEngine:
             accumulates=accumulates,
             overlap_is_exact=overlap_is_exact,
             on_gpu=device.type == "cuda",
+            resident_units=resident_units,
         )
         self.overlapped = blueprint.overlapped
         self.plan = blueprint.plan(training=False)
@@ -104,7 +108,7 @@ class SlideEngine:
         units = self._move(model, blueprint)
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
         self._worker = UpdateWorker(self.metrics, delays.get("update"))
-        slot_bytes = max(layout.weight_bytes for layout in blueprint.layouts)
+        slot_bytes = max((layout.weight_bytes for layout in blueprint.layouts), default=0)
         self.pool = SlotPool(device, slot_bytes, blueprint.slots, self._lanes[0], self.metrics)
         self.gradients: Gradients | None = None
         self.executor = Executor(device, units, self.pool, self, self.check)
@@ -226,7 +230,7 @@ class SlideEngine:
         self.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
-        largest = max(layout.grad_bytes for layout in self._blueprint.layouts)
+        largest = max((layout.grad_bytes for layout in self._blueprint.layouts), default=0)
         # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves.
         count = self._blueprint.staging_buffers or 1
         staging = StagingBuffers(largest, count, pin=self._pin(count * largest)) if largest else None

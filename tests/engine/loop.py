@@ -1,0 +1,129 @@
+"""A plain training loop over `SlideEngine`, without Trainer: what order and placement tests drive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from hf_slideformer import SlideAdamW, SlideConfig
+from hf_slideformer.engine.engine import SlideEngine
+
+
+@dataclass
+class Run:
+    """What a run leaves behind: losses, norms, and final weights joined to the dtypes they came in."""
+
+    engine: SlideEngine
+    model: torch.nn.Module
+    optimizer: SlideAdamW
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def tiny_llama(dtype: torch.dtype = torch.bfloat16, *, seed: int = 0, **overrides) -> torch.nn.Module:
+    """A random llama of six layers: more than there are slots."""
+    settings = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_dropout": 0.0,
+    }
+    set_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).to(dtype)
+
+
+def prepare(
+    model: torch.nn.Module,
+    *,
+    device: str = "cpu",
+    bf16: bool = True,
+    config: SlideConfig | None = None,
+    accumulates: bool = False,
+    overlap_is_exact: bool = False,
+    resident_units: Collection[int] = (),
+    delays: Mapping[str, Callable[[str], float]] | None = None,
+    lr: float = 1e-3,
+) -> Run:
+    """Engine and optimizer (weight decay on matrices only) over `model`."""
+    engine = SlideEngine(
+        model,
+        device=torch.device(device),
+        bf16=bf16,
+        config=config or SlideConfig(),
+        accumulates=accumulates,
+        overlap_is_exact=overlap_is_exact,
+        resident_units=resident_units,
+        delays=delays,
+    )
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    optimizer = SlideAdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr)
+    engine.attach_optimizer(optimizer)
+    return Run(engine, model, optimizer)
+
+
+def batches(steps: int, *, batch: int = 2, seq: int = 16, vocab: int = 96, seed: int = 7) -> list[torch.Tensor]:
+    """Seeded random token batches, (batch, seq) int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (batch, seq), generator=generator) for _ in range(steps)]
+
+
+def train(
+    run: Run,
+    steps: int,
+    *,
+    max_norm: float | None = 1.0,
+    micro_batches: int = 1,
+    seed: int = 7,
+    batch: int = 2,
+    seq: int = 16,
+    autocast: bool = True,
+) -> Run:
+    """Train `run` for `steps` steps; `max_norm=None` does not call clip at all."""
+    device = run.engine.device
+    data = iter(
+        batches(steps * micro_batches, batch=batch, seq=seq, vocab=run.model.config.vocab_size, seed=seed)
+    )
+    run.model.train()
+    for _ in range(steps):
+        total = 0.0
+        for _ in range(micro_batches):
+            tokens = next(data).to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                loss = run.model(input_ids=tokens, labels=tokens, use_cache=False).loss / micro_batches
+            loss.backward()
+            total += loss.item()
+        run.losses.append(total)
+        if max_norm is not None:
+            run.norms.append(run.engine.clip_grad_norm_(run.model.parameters(), max_norm).item())
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    run.engine.synchronize()
+    run.weights = {state.name: state.read_master().detach().cpu().clone() for state in run.engine.states}
+    return run
+
+
+def assert_same_bits(first: Run, second: Run) -> None:
+    """Losses, norms, weights, residuals and moments of two runs agree bit for bit."""
+    assert first.losses == second.losses
+    assert first.norms == second.norms
+    for one, two in zip(first.engine.states, second.engine.states, strict=True):
+        assert one.name == two.name
+        assert one.step == two.step, one.name
+        for key in ("weight", "residual", "exp_avg", "exp_avg_sq"):
+            a, b = getattr(one, key), getattr(two, key)
+            assert (a is None) == (b is None), (one.name, key)
+            if a is not None:
+                assert torch.equal(_bits(a), _bits(b)), (one.name, key)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    return tensor.detach().cpu().contiguous().view(kinds[tensor.element_size()])
