@@ -56,14 +56,14 @@ def is_available() -> bool:
 def load() -> ctypes.CDLL | None:
     """Return the library of C kernels, or None where it cannot be had.
 
-    The first call builds it (a few seconds) unless it is in the cache. Where that fails, one RuntimeWarning per
-    process says why and what it costs.
+    The first call builds it (a few seconds) unless it is in the cache. Where that fails, one RuntimeWarning
+    per process says why and what it costs.
     """
     result = build_once()
     if result.error is not None:
         _warn_once(
-            "The CPU kernels could not be built; PyTorch operators do the same arithmetic instead, which makes "
-            "optimizer updates on the CPU about 100 times slower. Install a C compiler (gcc or clang), "
+            "The CPU kernels could not be built; PyTorch operators do the same arithmetic instead, which "
+            "makes optimizer updates on the CPU about 100 times slower. Install a C compiler (gcc or clang) "
             f"or name one in the environment variable CC. Cause: {result.error}"
         )
     return result.library

@@ -1,8 +1,8 @@
 """The C kernels behind the signatures of ``reference.py``: same checks, same results bit for bit.
 
 Calls release the GIL. Each uses ``threads`` OpenMP threads (small tensors fewer), independent of
-OMP_NUM_THREADS, which launchers set to 1. The environment variable SLIDEFORMER_CPU_ISA (``avx512``, ``avx2`` or
-``portable``) forces one instruction set; without it the widest that the CPU has is used.
+OMP_NUM_THREADS, which launchers set to 1. The environment variable SLIDEFORMER_CPU_ISA (``avx512``, ``avx2``
+or ``portable``) forces one instruction set; without it the widest that the CPU has is used.
 """
 
 import ctypes

@@ -6,8 +6,7 @@ their tensors' device and never wait for it. Under TRITON_INTERPRET=1 they run o
 What keeps the bits the same:
 
 * ``enable_fp_fusion=False``: nothing is contracted but the explicit fma.
-* On NVIDIA, division and square root are written in PTX. Triton's ``div_rn`` and ``sqrt_rn`` go through
-  libdevice, which Triton compiles with flush-to-zero (``nvvm-reflect-ftz``), and denormals would be lost.
+* Division and square root are Triton's correctly rounded ones; small square roots are scaled (``_sqrt``).
 * NaN are found and stored as integers, because compilers are free to change a NaN's bits.
 * 16-bit values are converted by shifting bits.
 """
@@ -27,7 +26,7 @@ NUM_WARPS = 4
 # A row is read as 8 segments, so that its first three halvings are additions of whole segments.
 LOG2_SEGMENT_NUMEL = 7
 
-_ONE_ROW_KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_ROW_KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def adamw_split_(
@@ -137,7 +136,7 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
                 sums,
                 level.numel(),
                 rows,
-                KIND=_ONE_ROW_KINDS[level.dtype],
+                KIND=_ROW_KINDS[level.dtype],
                 LOG2_SEGMENT=LOG2_SEGMENT_NUMEL,
                 ROWS=BLOCK_ROWS,
                 num_warps=NUM_WARPS,
@@ -184,7 +183,7 @@ def _launch_adamw(
             numel,
             IS_SPLIT=is_split,
             SCALE_IS_POINTER=scale_is_pointer,
-            BACKEND=_backend(),
+            INTERPRETED=triton.knobs.runtime.interpret,
             BLOCK=BLOCK_NUMEL,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
@@ -194,13 +193,6 @@ def _launch_adamw(
 def _bits(x: torch.Tensor) -> torch.Tensor:
     """View bf16 as int16 and fp32 as int32: the kernels tell the two apart by the width."""
     return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
-
-
-def _backend() -> str:
-    """Return which way of writing exact operations applies: "cuda", "hip" or "interpreter"."""
-    if triton.knobs.runtime.interpret:
-        return "interpreter"
-    return "hip" if torch.version.hip else "cuda"
 
 
 def _check_device(x: torch.Tensor) -> None:
@@ -234,7 +226,7 @@ def _adamw_kernel(
     numel,
     IS_SPLIT: tl.constexpr,
     SCALE_IS_POINTER: tl.constexpr,
-    BACKEND: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -252,11 +244,11 @@ def _adamw_kernel(
         p = _load_fp32(master_ptr, offsets, mask)
 
     # The interpreter hands floats over as Python floats: tl.full makes them fp32 everywhere.
-    m = _fma(tl.full((BLOCK,), one_minus_beta1, tl.float32), g - m, m, BACKEND)
-    v = _fma(one_minus_beta2 * g, g, beta2 * v, BACKEND)
+    m = _fma(tl.full((BLOCK,), one_minus_beta1, tl.float32), g - m, m, INTERPRETED)
+    v = _fma(one_minus_beta2 * g, g, beta2 * v, INTERPRETED)
     inv_bias_correction2_sqrt = tl.full((BLOCK,), inv_bias_correction2_sqrt, tl.float32)
-    d = _fma(_sqrt(v, BACKEND), inv_bias_correction2_sqrt, tl.full((BLOCK,), eps, tl.float32), BACKEND)
-    p = _fma(tl.full((BLOCK,), minus_step_size, tl.float32), _divide(m, d, BACKEND), p * decay, BACKEND)
+    d = _fma(_sqrt(v), inv_bias_correction2_sqrt, tl.full((BLOCK,), eps, tl.float32), INTERPRETED)
+    p = _fma(tl.full((BLOCK,), minus_step_size, tl.float32), tl.div_rn(m, d), p * decay, INTERPRETED)
 
     tl.store(exp_avg_ptr + offsets, _canonical_bits(m), mask=mask)
     tl.store(exp_avg_sq_ptr + offsets, _canonical_bits(v), mask=mask)
@@ -338,8 +330,8 @@ def _canonical_bits(x):
 
 
 @triton.jit
-def _fma(a, b, c, BACKEND: tl.constexpr):
-    if BACKEND == "interpreter":
+def _fma(a, b, c, INTERPRETED: tl.constexpr):
+    if INTERPRETED:
         # Not every version's interpreter rounds tl.fma once: emulated as in reference.fma.
         product = a.to(tl.float64) * b.to(tl.float64)
         addend = c.to(tl.float64)
@@ -355,18 +347,9 @@ def _fma(a, b, c, BACKEND: tl.constexpr):
 
 
 @triton.jit
-def _sqrt(x, BACKEND: tl.constexpr):
-    if BACKEND == "cuda":
-        return tl.inline_asm_elementwise(
-            "sqrt.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return tl.sqrt_rn(x)
-
-
-@triton.jit
-def _divide(x, y, BACKEND: tl.constexpr):
-    if BACKEND == "cuda":
-        return tl.inline_asm_elementwise(
-            "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return tl.div_rn(x, y)
+def _sqrt(x):
+    # For AMD, Triton 3.6 links a square root that is only right for normal numbers. Scaled by powers of two,
+    # which is exact, no argument is denormal.
+    is_small = x < 2.0**-96
+    root = tl.sqrt_rn(tl.where(is_small, x * 2.0**64, x))
+    return tl.where(is_small, root * 2.0**-32, root)

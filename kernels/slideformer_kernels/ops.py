@@ -1,7 +1,7 @@
 """One function for each operation; the tensors' device decides which implementation runs.
 
-CPU tensors: the C kernels, or ``reference.py`` where they cannot be built. CUDA tensors (NVIDIA or AMD): Triton.
-All give the same bits.
+CPU tensors: the C kernels, or ``reference.py`` where they cannot be built. CUDA tensors (NVIDIA or AMD):
+Triton, or PyTorch operators where one pass over memory hardly matters. All give the same bits.
 """
 
 from types import ModuleType

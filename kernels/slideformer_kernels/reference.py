@@ -10,10 +10,10 @@ fp32 and the scalars of :class:`~slideformer_kernels.scalars.AdamWScalars`::
     d = fma(sqrt(v), inv_bias_correction2_sqrt, eps)
     p = fma(-step_size, m / d, p * decay)
 
-Every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and square root
-correctly rounded, nothing contracted beyond the four explicit fma. A NaN that is stored (``m``, ``v``, ``p``)
-is stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation makes.
-So CPU and GPU kernels store the same bits.
+Every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and square
+root correctly rounded, nothing contracted beyond the four explicit fma. A NaN that is stored (``m``, ``v``,
+``p``) is stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation
+makes. So CPU and GPU kernels store the same bits.
 
 **The split master** holds an fp32 value in 4 bytes as ``hi`` (bf16) and ``lo`` (int16)::
 
@@ -23,12 +23,12 @@ So CPU and GPU kernels store the same bits.
 ``hi`` is the value rounded to bf16 with ties away from zero (torch's cast takes ties to even). Values that
 round up to infinity keep their exact value: their ``lo`` is negative.
 
-**The sum of squares** has one summation tree, independent of threads and hardware: squares in float64 (exact),
-rows of 1024 (the last one padded with zeros), each row halved (``x[:512] + x[512:]``, ...) to one value; the
-row sums form the next vector, until one value is left.
+**The sum of squares** has one summation tree, independent of threads and hardware: squares in float64
+(exact), rows of 1024 (the last one padded with zeros), each row halved (``x[:512] + x[512:]``, ...) to one
+value; the row sums form the next vector, until one value is left.
 
-Where the machine has no C compiler these functions are also what runs on the CPU. They work in chunks, so that
-their temporaries stay below 20 MB whatever the size of the tensors.
+Where the machine has no C compiler these functions are also what runs on the CPU. They work in chunks, so
+that their temporaries stay below 20 MB whatever the size of the tensors.
 """
 
 import math
@@ -201,8 +201,8 @@ def fma(a: torch.Tensor | float, b: torch.Tensor, c: torch.Tensor | float) -> to
     """Return the correctly rounded fp32 value of ``a * b + c`` for fp32 operands.
 
     The product of two fp32 values is exact in float64. The float64 sum is corrected to round-to-odd with the
-    error that TwoSum (Knuth) gives; rounding that to fp32 then is free of double rounding, because float64 has
-    more than two bits to spare, for denormal results too (Boldo & Melquiond 2008, "Emulation of FMA and
+    error that TwoSum (Knuth) gives; rounding that to fp32 then is free of double rounding, because float64
+    has more than two bits to spare, for denormal results too (Boldo & Melquiond 2008, "Emulation of FMA and
     correctly rounded sums: proved algorithms using rounding to odd").
 
     Args:
