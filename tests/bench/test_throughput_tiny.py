@@ -60,6 +60,7 @@ MAY_BE_NULL = {
     "bytes_moved",
     "host_state_bytes_per_param",
     "slide_metrics",
+    "plan",
     "error",
 }
 
@@ -88,27 +89,45 @@ def check_row(row: dict):
     assert {"torch", "triton", "transformers", "accelerate", "liger_kernel"} <= set(row["versions"])
 
 
-def test_baseline_row(tmp_path):
-    (row,) = rows_of(tmp_path, "--baseline")
+@pytest.fixture(scope="module")
+def baseline_row(tmp_path_factory):
+    (row,) = rows_of(tmp_path_factory.mktemp("baseline"), "--baseline")
+    return row
+
+
+@pytest.fixture(scope="module")
+def slide_row(tmp_path_factory):
+    (row,) = rows_of(tmp_path_factory.mktemp("slide"), "--placement", "stream")
+    return row
+
+
+def test_baseline_row(baseline_row):
+    check_row(baseline_row)
+    assert baseline_row["config"]["placement"] is None
+    assert baseline_row["slide_metrics"] is None
+
+
+def test_slide_row(slide_row):
+    check_row(slide_row)
+    assert slide_row["config"]["placement"] == "stream"
+    assert slide_row["config"]["max_grad_norm"] == 1.0
+    assert slide_row["plan"]["update"] == "deferred"
+    assert slide_row["host_state_bytes_per_param"] >= 14  # split master, two fp32 moments, bf16 gradients
+    assert slide_row["bytes_moved"]["h2d_bytes"] > 0
+
+
+def test_slide_row_without_clipping(tmp_path):
+    (row,) = rows_of(tmp_path, "--max-grad-norm", "0")
     check_row(row)
-    assert row["config"]["placement"] is None
-    assert row["slide_metrics"] is None
+    assert row["config"]["max_grad_norm"] == 0
+    assert row["plan"]["update"] == "overlapped"
+    assert row["host_state_bytes_per_param"] >= 12  # gradients need no room of their own
 
 
-@pytest.mark.parametrize("max_grad_norm", ["1.0", "0"])
-def test_slide_row(tmp_path, max_grad_norm):
-    (row,) = rows_of(tmp_path, "--placement", "stream", "--max-grad-norm", max_grad_norm)
-    check_row(row)
-    assert row["config"]["placement"] == "stream"
-    assert row["config"]["max_grad_norm"] == float(max_grad_norm)
-
-
-def test_slide_and_baseline_train_the_same_model(tmp_path):
+def test_slide_and_baseline_train_the_same_model(slide_row, baseline_row):
     """Random tokens and weights come from the seed alone; bf16 leaves the losses this close."""
-    (slide,) = rows_of(tmp_path / "slide")
-    (baseline,) = rows_of(tmp_path / "baseline", "--baseline")
-    assert slide["params"] == baseline["params"]
-    assert slide["train_loss"] == pytest.approx(baseline["train_loss"], rel=1e-2)
+    assert slide_row["params"] == baseline_row["params"]
+    assert slide_row["train_loss"] == pytest.approx(baseline_row["train_loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize(

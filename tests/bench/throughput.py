@@ -16,7 +16,6 @@ Examples:
 """
 
 import argparse
-import dataclasses
 import gc
 import json
 import os
@@ -183,6 +182,7 @@ RESULT_KEYS = (
     "bytes_moved",
     "host_state_bytes_per_param",
     "slide_metrics",
+    "plan",
 )
 
 
@@ -257,8 +257,8 @@ def train(args: argparse.Namespace, batch_size: int, output_dir: str) -> dict:
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
         "bytes_moved": {key: n for key, n in per_step.items() if key.startswith(LINKS)} or None,
-        "host_state_bytes_per_param": host_state_bytes_per_param(slide_metrics(trainer)),
         "slide_metrics": per_step or None,
+        **slide_plan(trainer),
     }
 
 
@@ -403,23 +403,19 @@ class StepClock:
 
 
 def slide_metrics(trainer) -> dict[str, float]:
-    """Return the running totals of `trainer.slide.metrics`; {} if there are none.
-
-    Only what is used is asked of it: a method `totals`, or to be a mapping or a dataclass.
-    """
-    metrics = getattr(getattr(trainer, "slide", None), "metrics", None)
-    if hasattr(metrics, "totals"):
-        metrics = metrics.totals()
-    elif dataclasses.is_dataclass(metrics):
-        metrics = dataclasses.asdict(metrics)
-    return {key: value for key, value in dict(metrics or {}).items() if isinstance(value, int | float)}
+    """Return the running totals that SlideTrainer keeps; {} for Trainer."""
+    return dict(trainer.slide.metrics) if hasattr(trainer, "slide") else {}
 
 
-def host_state_bytes_per_param(totals: dict[str, float]) -> float | None:
-    """Return bytes of host state per parameter that lives on the host, if the engine counts both."""
-    if totals.get("host_numel") and "host_state_bytes" in totals:
-        return totals["host_state_bytes"] / totals["host_numel"]
-    return None
+def slide_plan(trainer) -> dict:
+    """Return what lived where, and the measured bytes of host buffers per parameter that has its state there."""
+    if not hasattr(trainer, "slide"):
+        return {}
+    plan, engine = trainer.slide.plan, trainer.slide.engine
+    return {
+        "plan": plan.as_dict(),
+        "host_state_bytes_per_param": engine.host_state_bytes / plan.host_params,
+    }
 
 
 if __name__ == "__main__":
