@@ -73,6 +73,8 @@ class SlideEngine:
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         delays = delays or {}
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.config = config
         self.metrics = Metrics()

@@ -127,8 +127,6 @@ class Lane:
             self._thread.join()
 
     def _serve(self) -> None:
-        if self._stream is not None:
-            torch.cuda.set_device(self._device)
         while (item := self._queue.get()) is not None:
             handle, work, after, after_events = item
             try:

@@ -308,9 +308,11 @@ def _segment_pair(values_ptr, offsets, numel, KIND: tl.constexpr, SEGMENT: tl.co
 @triton.jit
 def _squares(values_ptr, offsets, numel, KIND: tl.constexpr):
     if KIND == "fp64":
-        return tl.load(values_ptr + offsets, mask=offsets < numel, other=0.0)
-    x = _load_fp32(values_ptr, offsets, offsets < numel).to(tl.float64)
-    return x * x
+        squares = tl.load(values_ptr + offsets, mask=offsets < numel, other=0.0)
+    else:
+        x = _load_fp32(values_ptr, offsets, offsets < numel).to(tl.float64)
+        squares = x * x
+    return squares
 
 
 @triton.jit
