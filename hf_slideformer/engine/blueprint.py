@@ -17,7 +17,7 @@ from .units import UnitModule, find_units, param_spec
 
 # One slot in use, the rest arriving: bursts of late copies are absorbed by the one beyond the minimum.
 _SLOTS = 3
-_MAX_OVERLAP_STAGING = 8
+_MAX_OVERLAP_STAGING = 5
 _SUM_STAGING = 3
 
 
