@@ -66,8 +66,8 @@ def train(
         steps: per optimizer step its micro-batches.
         learning_rates: per optimizer step the learning rate.
         max_grad_norm: clip to this norm; 0 does not clip.
-        weight_decay: for matrices; vectors (norms and biases) are not decayed. For llama and qwen2 that is how
-            Trainer groups them.
+        weight_decay: for matrices; vectors (norms and biases) are not decayed. For the llama-shaped families
+            that is how Trainer groups them.
         keep_residual: False drops the low halves after every update, to show what they are for.
     """
     model.train()
