@@ -26,7 +26,7 @@ NUM_WARPS = 4
 # A row is read as 8 segments, so that its first three halvings are additions of whole segments.
 LOG2_SEGMENT_NUMEL = 7
 
-_ROW_KINDS = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_BITS_DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def adamw_split_(
@@ -132,11 +132,10 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
             rows = triton.cdiv(level.numel(), ROW_NUMEL)
             sums = torch.empty(rows, dtype=torch.float64, device=x.device)
             _row_sums_kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
-                level if level.dtype == torch.float64 else _bits(level),
-                sums,
+                _bits(level),
+                _bits(sums),
                 level.numel(),
                 rows,
-                KIND=_ROW_KINDS[level.dtype],
                 LOG2_SEGMENT=LOG2_SEGMENT_NUMEL,
                 ROWS=BLOCK_ROWS,
                 num_warps=NUM_WARPS,
@@ -191,8 +190,8 @@ def _launch_adamw(
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """View bf16 as int16 and fp32 as int32: the kernels tell the two apart by the width."""
-    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+    """View values as integers of their width, which is how the kernels tell bf16, fp32 and float64 apart."""
+    return x.view(_BITS_DTYPES[x.dtype])
 
 
 def _check_device(x: torch.Tensor) -> None:
@@ -272,11 +271,10 @@ def _accumulate_kernel(acc_ptr, grad_ptr, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def _row_sums_kernel(
-    values_ptr,  # KIND "bf16": int16 bits; "fp32": int32 bits, both to be squared; "fp64": row sums
-    sums_ptr,
+    values_ptr,  # int16 or int32: bits of bf16 or fp32, to be squared; int64: bits of row sums
+    sums_ptr,  # int64
     numel,
     rows,
-    KIND: tl.constexpr,
     LOG2_SEGMENT: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -285,32 +283,36 @@ def _row_sums_kernel(
     ROW: tl.constexpr = 8 * SEGMENT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets = row[:, None] * ROW + tl.arange(0, SEGMENT)[None, :]
-    even = _segment_pair(values_ptr, offsets, numel, KIND, SEGMENT) + _segment_pair(
-        values_ptr, offsets + 2 * SEGMENT, numel, KIND, SEGMENT
+    even = _segment_pair(values_ptr, offsets, numel, SEGMENT) + _segment_pair(
+        values_ptr, offsets + 2 * SEGMENT, numel, SEGMENT
     )
-    odd = _segment_pair(values_ptr, offsets + SEGMENT, numel, KIND, SEGMENT) + _segment_pair(
-        values_ptr, offsets + 3 * SEGMENT, numel, KIND, SEGMENT
+    odd = _segment_pair(values_ptr, offsets + SEGMENT, numel, SEGMENT) + _segment_pair(
+        values_ptr, offsets + 3 * SEGMENT, numel, SEGMENT
     )
     sums = even + odd
     # A sum over two elements has one order only. tl.sum over the whole row would have Triton's own.
     for level in tl.static_range(1, LOG2_SEGMENT + 1):
         sums = tl.sum(tl.reshape(sums, (ROWS, 2, SEGMENT >> level)), axis=1)
-    tl.store(sums_ptr + row, tl.reshape(sums, (ROWS,)), mask=row < rows)
+    bits = tl.reshape(sums, (ROWS,)).to(tl.int64, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000, 0x7FF8000000000000, bits)
+    tl.store(sums_ptr + row, bits, mask=row < rows)
 
 
 @triton.jit
-def _segment_pair(values_ptr, offsets, numel, KIND: tl.constexpr, SEGMENT: tl.constexpr):
+def _segment_pair(values_ptr, offsets, numel, SEGMENT: tl.constexpr):
     """Add the squares at ``offsets`` and half a row later."""
     later = offsets + 4 * SEGMENT
-    return _squares(values_ptr, offsets, numel, KIND) + _squares(values_ptr, later, numel, KIND)
+    return _squares(values_ptr, offsets, numel) + _squares(values_ptr, later, numel)
 
 
 @triton.jit
-def _squares(values_ptr, offsets, numel, KIND: tl.constexpr):
-    if KIND == "fp64":
-        squares = tl.load(values_ptr + offsets, mask=offsets < numel, other=0.0)
+def _squares(values_ptr, offsets, numel):
+    # One return: Triton 3.6 compiles both ends of a function and wants them to agree.
+    mask = offsets < numel
+    if values_ptr.dtype.element_ty == tl.int64:
+        squares = tl.load(values_ptr + offsets, mask=mask, other=0).to(tl.float64, bitcast=True)
     else:
-        x = _load_fp32(values_ptr, offsets, offsets < numel).to(tl.float64)
+        x = _load_fp32(values_ptr, offsets, mask).to(tl.float64)
         squares = x * x
     return squares
 
@@ -344,8 +346,10 @@ def _fma(a, b, c, INTERPRETED: tl.constexpr):
         inexact = (error > 0) | (error < 0)
         step = tl.where((error > 0) == (total > 0), 1, -1).to(tl.int64)
         bits += tl.where(inexact & ((bits & 1) == 0), step, 0)
-        return bits.to(tl.float64, bitcast=True).to(tl.float32)
-    return tl.fma(a, b, c)
+        result = bits.to(tl.float64, bitcast=True).to(tl.float32)
+    else:
+        result = tl.fma(a, b, c)
+    return result
 
 
 @triton.jit
