@@ -28,19 +28,18 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from .accelerator import SlideAccelerator
-    from .config import SlideConfig
-    from .errors import (
-        CheckpointError,
-        ConfigError,
-        PlanError,
-        SlideFormerError,
-        StateError,
-        TransferError,
-        UnsupportedModelError,
-    )
-    from .optim import SlideAdamW
-    from .trainer import SlideTrainer, SlideTrainerMixin
+    from .accelerator import SlideAccelerator as SlideAccelerator
+    from .config import SlideConfig as SlideConfig
+    from .errors import CheckpointError as CheckpointError
+    from .errors import ConfigError as ConfigError
+    from .errors import PlanError as PlanError
+    from .errors import SlideFormerError as SlideFormerError
+    from .errors import StateError as StateError
+    from .errors import TransferError as TransferError
+    from .errors import UnsupportedModelError as UnsupportedModelError
+    from .optim import SlideAdamW as SlideAdamW
+    from .trainer import SlideTrainer as SlideTrainer
+    from .trainer import SlideTrainerMixin as SlideTrainerMixin
 
 
 def __getattr__(name: str) -> Any:

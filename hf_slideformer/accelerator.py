@@ -28,9 +28,7 @@ class SlideAccelerator(Accelerator):
     _slide_accumulates = False
     _slide_overlap_is_exact = False
 
-    def configure_slide(
-        self, config: SlideConfig, *, accumulates: bool, overlap_is_exact: bool
-    ) -> None:
+    def configure_slide(self, config: SlideConfig, *, accumulates: bool, overlap_is_exact: bool) -> None:
         """Set how the next model is streamed.
 
         Args:
@@ -57,7 +55,9 @@ class SlideAccelerator(Accelerator):
             if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
                 result[position] = SlideAdamW.adopt(obj)
         prepared = super().prepare(*result, device_placement=device_placement)
-        optimizers = [obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)]
+        optimizers = [
+            obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)
+        ]
         for model in models:
             engine = self._engine(model)
             if engine is not None and len(models) == 1:
@@ -84,7 +84,9 @@ class SlideAccelerator(Accelerator):
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def prepare_optimizer(self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None) -> Any:
+    def prepare_optimizer(
+        self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
+    ) -> Any:
         """Wrap the optimizer; its state is placed by the engine, never by Accelerate."""
         return super().prepare_optimizer(optimizer, device_placement=False)
 

@@ -113,7 +113,9 @@ class SlideConfig:
         if self.nvme_dir is not None or self.nvme_memory is not None:
             raise ConfigError("state on NVMe is not available yet; remove nvme_dir and nvme_memory")
         if self.cpu_threads is not None and (
-            not isinstance(self.cpu_threads, int) or isinstance(self.cpu_threads, bool) or self.cpu_threads < 1
+            not isinstance(self.cpu_threads, int)
+            or isinstance(self.cpu_threads, bool)
+            or self.cpu_threads < 1
         ):
             raise ConfigError(f"cpu_threads must be a positive integer or None, got {self.cpu_threads!r}")
         if not isinstance(self.trace_steps, int) or self.trace_steps < 0:
@@ -134,7 +136,9 @@ class SlideConfig:
             return cls._of_mapping(value, "slide_config")
         if isinstance(value, (str, os.PathLike)):
             return cls._of_file(Path(value))
-        raise ConfigError(f"slide_config must be a SlideConfig, dict, YAML path or None, got {type(value).__name__}")
+        raise ConfigError(
+            f"slide_config must be a SlideConfig, dict, YAML path or None, got {type(value).__name__}"
+        )
 
     @classmethod
     def _of_mapping(cls, mapping: Mapping[str, Any], origin: str) -> SlideConfig:

@@ -69,7 +69,14 @@ class Metrics:
         with self._lock:
             spans = list(self.spans)
         events = [
-            {"name": s.name, "ph": "X", "pid": 0, "tid": s.lane, "ts": s.start * 1e6, "dur": (s.end - s.start) * 1e6}
+            {
+                "name": s.name,
+                "ph": "X",
+                "pid": 0,
+                "tid": s.lane,
+                "ts": s.start * 1e6,
+                "dur": (s.end - s.start) * 1e6,
+            }
             for s in spans
         ]
         Path(path).write_text(json.dumps({"traceEvents": events}), encoding="utf-8")

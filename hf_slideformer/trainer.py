@@ -10,14 +10,14 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from .accelerator import SlideAccelerator, check_environment
+from .accelerator import SlideAccelerator
 from .config import SlideConfig
 from .engine.blueprint import Blueprint, find_budgets
 from .engine.engine import SlideEngine, engine_of
@@ -25,6 +25,9 @@ from .errors import ConfigError, StateError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
 from .planner.plan import Plan, check_budgets
+
+# The mixin's methods call those of the Trainer class that it is put in front of.
+_Trainer: Any = Trainer if TYPE_CHECKING else object
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ class SlideStatus:
             engine.weights_changed()
 
 
-class SlideTrainerMixin:
+class SlideTrainerMixin(_Trainer):
     """Makes a Trainer class stream its model; put it first: `class MyTrainer(SlideTrainerMixin, SFTTrainer)`.
 
     Args:
@@ -84,6 +87,8 @@ class SlideTrainerMixin:
         ConfigError, UnsupportedModelError, PlanError: at construction, before anything is moved.
     """
 
+    optimizer_cls_and_kwargs: Any  # Trainer's
+
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
         self._slide_config = SlideConfig.of(slide_config)
         super().__init__(*args, **kwargs)
@@ -91,7 +96,9 @@ class SlideTrainerMixin:
         self._check_model(self.model)
         if self.optimizer is not None:
             SlideAdamW.check_adoptable(self.optimizer)
-        check_budgets(self._blueprint().plan(training=True), find_budgets(self._slide_config, self.args.device))
+        check_budgets(
+            self._blueprint().plan(training=True), find_budgets(self._slide_config, self.args.device)
+        )
         self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
 
     # -- construction ----------------------------------------------------------------------------------------
@@ -144,7 +151,9 @@ class SlideTrainerMixin:
                 "bf16_full_eval=True without bf16=True would cast the training state; use bf16=True, or load the "
                 "model in bfloat16"
             )
-        args.bf16_full_eval = False  # under bf16=True units compute in bf16 anyway; Trainer would call model.to()
+        args.bf16_full_eval = (
+            False  # under bf16=True units compute in bf16 anyway; Trainer would call model.to()
+        )
         if self._slide_config.update == "overlapped" and not self._overlap_is_exact():
             raise ConfigError(
                 f"update='overlapped' needs max_grad_norm=0 and gradient_accumulation_steps=1, got "
@@ -181,15 +190,16 @@ class SlideTrainerMixin:
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`SlideAdamW` over the groups that Trainer makes (weight decay and none)."""
         if self.optimizer is None:
-            _, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if self.optimizer_cls_and_kwargs is not None:
-                cls, kwargs = self.optimizer_cls_and_kwargs
-                if cls not in (torch.optim.AdamW, SlideAdamW):
-                    raise UnsupportedModelError(
-                        f"{cls.__name__} cannot update streamed parameters; use torch.optim.AdamW or SlideAdamW"
-                    )
-            known = {key: value for key, value in kwargs.items() if key not in ("fused", "foreach", "capturable")}
-            given, self.optimizer_cls_and_kwargs = self.optimizer_cls_and_kwargs, (SlideAdamW, known)
+            given: tuple[type, dict[str, Any]] | None = self.optimizer_cls_and_kwargs
+            cls, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if cls not in (torch.optim.AdamW, SlideAdamW):
+                raise UnsupportedModelError(
+                    f"{cls.__name__} cannot update streamed parameters; use torch.optim.AdamW or SlideAdamW"
+                )
+            known = {
+                key: value for key, value in kwargs.items() if key not in ("fused", "foreach", "capturable")
+            }
+            self.optimizer_cls_and_kwargs = (SlideAdamW, known)
             try:
                 return super().create_optimizer() if model is None else super().create_optimizer(model)
             finally:
@@ -273,7 +283,9 @@ def _check_writable(directory: Path) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir {str(directory)!r} cannot be written ({existing} is not a writable directory)")
+        raise ConfigError(
+            f"output_dir {str(directory)!r} cannot be written ({existing} is not a writable directory)"
+        )
 
 
 def _set_saved_dtype(config_file: Path, dtype: torch.dtype) -> None:
@@ -285,4 +297,4 @@ def _set_saved_dtype(config_file: Path, dtype: torch.dtype) -> None:
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-__all__ = ["SlideStatus", "SlideTrainer", "SlideTrainerMixin", "check_environment"]
+__all__ = ["SlideStatus", "SlideTrainer", "SlideTrainerMixin"]

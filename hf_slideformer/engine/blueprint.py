@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..config import SlideConfig
+from ..config import SlideConfig, parse_bytes
 from ..errors import ConfigError, UnsupportedModelError
 from ..hardware import available_gpu_bytes, available_ram_bytes
 from ..memory.layout import ParamSpec, UnitLayout, lay_out
@@ -112,7 +112,7 @@ def find_budgets(config: SlideConfig, device: torch.device) -> Budgets:
     """Bytes that may be used: what the user allows, at most what is there."""
     ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
     return Budgets(
-        gpu=min(config.gpu_memory or gpu, gpu),
-        ram=min(config.cpu_memory or ram, ram),
-        pinned=config.pinned_memory,
+        gpu=min(parse_bytes(config.gpu_memory or gpu), gpu),
+        ram=min(parse_bytes(config.cpu_memory or ram), ram),
+        pinned=parse_bytes(config.pinned_memory) if config.pinned_memory is not None else None,
     )

@@ -24,6 +24,7 @@ from torch import nn
 from ..config import SlideConfig
 from ..errors import StateError, UnsupportedModelError
 from ..hardware import default_update_threads
+from ..memory.layout import Segment
 from ..memory.manager import UnitMemory
 from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
@@ -36,6 +37,7 @@ from ..planner.plan import check_budgets
 from .blueprint import Blueprint, find_budgets
 from .executor import Executor, Unit, UnitForward
 from .gradients import Gradients, StagingBuffers
+
 
 class SlideEngine:
     """Streams one model's units; see the module's text.
@@ -145,7 +147,6 @@ class SlideEngine:
                     state = ParamState(
                         order=order[id(param)],
                         param=param,
-                        spec=segment.spec,
                         unit=index,
                         segment=segment,
                         weight=memory.weight(segment),
@@ -169,9 +170,13 @@ class SlideEngine:
             for _, param in model.named_parameters():
                 if id(param) not in self._state_of:
                     spec = specs[id(param)]
-                    residual = torch.zeros(spec.shape, dtype=torch.int16, device=self.device) if spec.split else None
+                    residual = (
+                        torch.zeros(spec.shape, dtype=torch.int16, device=self.device) if spec.split else None
+                    )
                     weight = torch.empty(spec.shape, dtype=spec.dtype, device=self.device)
-                    self._rehome(ParamState(order[id(param)], param, spec, None, None, weight, residual))
+                    self._rehome(
+                        ParamState(order[id(param)], param, None, Segment.alone(spec), weight, residual)
+                    )
             for module in model.modules():
                 for key, buffer in module._buffers.items():
                     if buffer is not None:
@@ -233,9 +238,10 @@ class SlideEngine:
 
     def _make_gradients(self) -> Gradients:
         largest = max((layout.grad_bytes for layout in self._blueprint.layouts), default=0)
-        # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves.
-        count = self._blueprint.staging_buffers or 1
-        staging = StagingBuffers(largest, count, pin=self._pin(count * largest)) if largest else None
+        # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves,
+        # and is made only when the first sum needs it.
+        count = self._blueprint.staging_buffers
+        staging = StagingBuffers(largest, max(1, count), pin=self._pin(count * largest))
         return Gradients(
             device=self.device,
             lane=self._lanes[1],
@@ -304,7 +310,9 @@ class SlideEngine:
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         squares = [self.gradients.squared_norm(state) for state in pending]
         if self.overlapped:
-            total = sum(squares, start=torch.zeros((), dtype=torch.float64, device=self.device))
+            total = torch.zeros((), dtype=torch.float64, device=self.device)
+            for square in squares:
+                total = total + square
             return total.sqrt().to(torch.float32)
         norm = math.sqrt(sum(_to_host(squares))) * self._grad_scale
         # The same arithmetic as torch's, infinities and NaN included.
@@ -383,24 +391,23 @@ class SlideEngine:
                 )
 
     def _enqueue_update(self, unit: Unit, scale: float, priority: int) -> None:
-        states = [s for s in unit.states if s.param.grad is not None and s.order in self._group_of]
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
-        grads = {state.order: state.param.grad for state in states}
+        grads = {s.order: s.param.grad for s in unit.states if s.param.grad is not None}
+        states = [state for state in unit.states if state.order in grads and state.order in self._group_of]
         for state in unit.states:
             state.param.grad = None
         if not states:
             return
         runs = self._runs(states)
         buffer, fp32 = unit.memory.grads, unit.memory.grads_fp32
-        own = all(
-            grads[s.order].data_ptr() == unit.memory.gradient(s.segment).data_ptr()
-            and grads[s.order].dtype == unit.memory.gradient(s.segment).dtype
-            for s in states
-        )
-        if not own:  # someone set p.grad to a tensor of their own
-            with torch.no_grad():
-                for state in states:
-                    unit.memory.gradient(state.segment).copy_(grads[state.order])
+        assert buffer is not None
+        with torch.no_grad():
+            for state in states:
+                place = unit.memory.gradient(state.segment)
+                if (
+                    grads[state.order].data_ptr() != place.data_ptr()
+                ):  # someone set p.grad to a tensor of their own
+                    place.copy_(grads[state.order])
 
         def update() -> None:
             update_unit(unit.memory, buffer, fp32, runs, scale, self._threads)
@@ -504,7 +511,8 @@ class SlideEngine:
             self._loading = {
                 state.order: state_dict[state.name]
                 for state in self.states
-                if state.residual is not None and getattr(state_dict.get(state.name), "dtype", None) == torch.float32
+                if state.residual is not None
+                and getattr(state_dict.get(state.name), "dtype", None) == torch.float32
             }
 
     def load_ends(self) -> None:
@@ -587,7 +595,9 @@ def _before_read(engine: SlideEngine, *_: object) -> None:
     engine.synchronize()
 
 
-def _before_load(engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object) -> None:
+def _before_load(
+    engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object
+) -> None:
     engine.load_begins(module, state_dict, prefix)
 
 

@@ -36,7 +36,9 @@ from .units import Owner, UnitModule
 
 try:
     from transformers.utils.output_capturing import _active_collector as _output_collector
-except ImportError:  # versions that capture outputs in another way; checked by the mixture-of-experts parity tests
+except (
+    ImportError
+):  # versions that capture outputs in another way; checked by the mixture-of-experts parity tests
     _output_collector = None
 
 # Arguments that hold a key-value cache. While gradients flow they must be empty: a recompute would append to the
@@ -178,14 +180,18 @@ class Executor:
 
     # -- backward --------------------------------------------------------------------------------------------
 
-    def run_backward(self, call: UnitCall, grads: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+    def run_backward(
+        self, call: UnitCall, grads: tuple[torch.Tensor | None, ...]
+    ) -> list[torch.Tensor | None]:
         """Differentiate a unit; parameter gradients go to the sink, input gradients are returned."""
         unit = call.unit
         self.sink.begin_unit(unit)
         lease = self.lease(unit, after_backward(self.tape.recorded, call.position, self.pool.depth))
         try:
             with bound(unit, lease), call.ambient.restored(), torch.enable_grad():
-                call.saved.recompute(lambda: unit.original_forward(*call.arguments()[0], **call.arguments()[1]))
+                call.saved.recompute(
+                    lambda: unit.original_forward(*call.arguments()[0], **call.arguments()[1])
+                )
             pairs = [
                 (output, grad)
                 for output, grad in zip(call.graph_outputs, grads, strict=True)
@@ -269,6 +275,7 @@ class UnitCall:
         for values, position in self.captured:
             values[position] = next(remaining)
         self.captured = []
+        assert self.output_spec is not None, "rebuild before the unit ran"
         return pytree.tree_unflatten(flat, self.output_spec)
 
     def free(self) -> None:

@@ -38,23 +38,23 @@ _SUM_PRIORITY = -1
 
 
 class StagingBuffers:
-    """A few equal host buffers; `take` blocks until one is free.
+    """At most `count` equal host buffers, mapped when first needed; `take` blocks until one is free.
 
     Args:
         nbytes: size of each.
-        count: how many.
+        count: how many at most.
         pin: pin them.
     """
 
     def __init__(self, nbytes: int, count: int, *, pin: bool) -> None:
-        self.nbytes, self.count = nbytes, count
-        self._free = [HostBuffer(nbytes, pin=pin) for _ in range(count)]
+        self._nbytes, self._pin = nbytes, pin
+        self._free: list[HostBuffer] = []
         self._available = threading.Semaphore(count)
 
     def take(self) -> HostBuffer:
         """A free buffer, which the caller owns until `give_back`."""
         self._available.acquire()
-        return self._free.pop()
+        return self._free.pop() if self._free else HostBuffer(self._nbytes, pin=self._pin)
 
     def give_back(self, buffer: HostBuffer) -> None:
         """Return a buffer that nothing reads or writes any more."""
@@ -89,7 +89,7 @@ class Gradients:
         metrics: Metrics,
         fp32_sums: bool,
         overlapped: bool,
-        staging: StagingBuffers | None,
+        staging: StagingBuffers,
         overlapped_update: Callable[[Unit, list[ParamState]], Callable[[HostBuffer], None]],
         on_finish: Callable[[], None],
     ) -> None:
@@ -128,7 +128,9 @@ class Gradients:
         """Send a unit's gradients on their way. See `GradientSink`."""
         trainable = [state for state in unit.states if state.spec.trainable]
         present = [
-            (state, grad.contiguous()) for state, grad in zip(trainable, grads, strict=True) if grad is not None
+            (state, grad.contiguous())
+            for state, grad in zip(trainable, grads, strict=True)
+            if grad is not None
         ]
         states, tensors = [state for state, _ in present], [grad for _, grad in present]
         if not tensors:
@@ -136,7 +138,9 @@ class Gradients:
         if self._overlapped:
             handle = self._push_overlapped(unit, states, tensors)
         elif (
-            self._fp32_sums or unit.index in self._landing or any(state.param.grad is not None for state in states)
+            self._fp32_sums
+            or unit.index in self._landing
+            or any(state.param.grad is not None for state in states)
         ):
             handle = self._push_sum(unit, states, tensors)
         else:
@@ -163,7 +167,6 @@ class Gradients:
             self._assign(*earlier)
         if not unit.memory.grads_fp32:
             self._promote(unit)
-        assert self._staging is not None
         staged: list[HostBuffer] = []
         handle = self._copy_staged(unit, staged, states, tensors)
         known = {state.order for state in states if state.param.grad is not None}
@@ -214,7 +217,6 @@ class Gradients:
         self, unit: Unit, staged: list[HostBuffer], states: list[ParamState], tensors: list[torch.Tensor]
     ) -> Handle:
         def copy() -> None:
-            assert self._staging is not None
             buffer = self._staging.take()
             staged.append(buffer)
             for state, grad in zip(states, tensors, strict=True):

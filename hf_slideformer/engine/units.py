@@ -55,7 +55,9 @@ def find_units(model: nn.Module) -> list[UnitModule]:
         if any(name.startswith(f"{outer}.") for outer, _ in found):
             continue  # a list inside a unit belongs to that unit
         if all(isinstance(child, GradientCheckpointingLayer) for child in module):
-            found.extend((f"{name}.{index}" if name else str(index), child) for index, child in enumerate(module))
+            found.extend(
+                (f"{name}.{index}" if name else str(index), child) for index, child in enumerate(module)
+            )
     if not found:
         lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise UnsupportedModelError(

@@ -57,6 +57,11 @@ class Segment:
     state_offset: int
     lo_offset: int
 
+    @classmethod
+    def alone(cls, spec: ParamSpec) -> Segment:
+        """The segment of a resident parameter, which has tensors of its own and no place in a unit."""
+        return cls(spec, -1, -1, -1, -1)
+
 
 @dataclass(frozen=True, slots=True)
 class UnitLayout:

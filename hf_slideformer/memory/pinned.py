@@ -54,9 +54,9 @@ class HostBuffer:
         status = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
         if int(status) != 0:
             warnings.warn(
-                f"pinning {self.nbytes / 2**30:.2f} GiB of RAM was refused (CUDA error {int(status)}); the buffer stays "
-                "pageable, which makes its transfers synchronous and about half as fast. Raise `ulimit -l`, or set "
-                "pinned_memory to what the system allows.",
+                f"pinning {self.nbytes / 2**30:.2f} GiB of RAM was refused (CUDA error {int(status)}); the buffer "
+                "stays pageable, which makes its transfers synchronous and about half as fast. Raise `ulimit -l`, or "
+                "set pinned_memory to what the system allows.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -23,9 +23,20 @@ from .transfer import Handle, Lane, compute_event
 class WeightSource(Protocol):
     """What the pool needs to know of a unit."""
 
-    index: int
-    name: str
-    layout: UnitLayout
+    @property
+    def index(self) -> int:
+        """Its number, unique in the pool."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        ...
+
+    @property
+    def layout(self) -> UnitLayout:
+        """Where its parameters lie in its weights."""
+        ...
 
     @property
     def host_weights(self) -> torch.Tensor:
@@ -149,7 +160,9 @@ class SlotPool:
         return next((slot for slot in self._slots if slot.unit == index), None)
 
     def _victim(self, keep: Collection[int]) -> _Slot | None:
-        free = [slot for slot in self._slots if slot.leases == 0 and (slot.unit is None or slot.unit not in keep)]
+        free = [
+            slot for slot in self._slots if slot.leases == 0 and (slot.unit is None or slot.unit not in keep)
+        ]
         return min(free, key=lambda slot: (slot.unit is not None, slot.last_use), default=None)
 
     def _fetch(self, slot: _Slot, unit: WeightSource) -> None:
@@ -184,7 +197,9 @@ class SlotPool:
                 for segment in layout.segments:
                     spec = segment.spec
                     nbytes = spec.numel * spec.dtype.itemsize
-                    view = slot.buffer[segment.weight_offset : segment.weight_offset + nbytes].view(spec.dtype)
+                    view = slot.buffer[segment.weight_offset : segment.weight_offset + nbytes].view(
+                        spec.dtype
+                    )
                     leaves.append(torch.nn.Parameter(view.view(spec.shape), requires_grad=spec.trainable))
             slot.leaves[layout] = leaves
         return leaves

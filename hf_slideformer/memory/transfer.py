@@ -98,7 +98,9 @@ class Lane:
         delay_s: called before each piece of work on the CPU, returns seconds to sleep; for tests.
     """
 
-    def __init__(self, name: str, device: torch.device, delay_s: Callable[[str], float] | None = None) -> None:
+    def __init__(
+        self, name: str, device: torch.device, delay_s: Callable[[str], float] | None = None
+    ) -> None:
         self.name = name
         self._device = device
         self._delay_s = delay_s
@@ -110,7 +112,7 @@ class Lane:
     def submit(
         self,
         label: str,
-        work: Callable[[], None],
+        work: Callable[[], object],
         *,
         after: Sequence[Handle] = (),
         after_events: Sequence[torch.cuda.Event | None] = (),

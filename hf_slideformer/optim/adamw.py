@@ -84,7 +84,7 @@ class SlideAdamW(torch.optim.Optimizer):
         adopted.param_groups = optimizer.param_groups
         adopted.defaults = optimizer.defaults
         # Schedulers warn when the optimizer they were made for never steps; ours steps in its place.
-        optimizer._opt_called = True
+        optimizer.__dict__["_opt_called"] = True
         return adopted
 
     @classmethod
@@ -100,7 +100,9 @@ class SlideAdamW(torch.optim.Optimizer):
         for group in optimizer.param_groups:
             for option in ("amsgrad", "maximize", "differentiable"):
                 if group.get(option):
-                    raise UnsupportedModelError(f"AdamW's option {option}=True is not supported; leave it off")
+                    raise UnsupportedModelError(
+                        f"AdamW's option {option}=True is not supported; leave it off"
+                    )
         if optimizer.state:
             raise UnsupportedModelError(
                 "the optimizer has already made steps; prepare it before the first one, then load its state_dict"

@@ -20,21 +20,26 @@ class ParamState:
 
     `weight` is the tensor behind `param.data` (bf16 `hi` half of the master where `spec.split`, else the plain
     weights); `residual` the int16 `lo` half; moments are fp32. All have the parameter's shape, on the device
-    where the parameter is updated. `order` is the registration order in the model. `version` is
+    where the parameter is updated. `order` is the registration order in the model;
+    `unit` is None, and `segment` without offsets, for a resident parameter. `version` is
     `param._version` when the residual was last known to belong to the weights.
     """
 
     order: int
     param: torch.nn.Parameter
-    spec: ParamSpec
     unit: int | None
-    segment: Segment | None
+    segment: Segment
     weight: torch.Tensor
     residual: torch.Tensor | None
     exp_avg: torch.Tensor | None = None
     exp_avg_sq: torch.Tensor | None = None
     step: int = 0
     version: int = 0
+
+    @property
+    def spec(self) -> ParamSpec:
+        """Shape, dtypes and kind of the parameter."""
+        return self.segment.spec
 
     @property
     def name(self) -> str:

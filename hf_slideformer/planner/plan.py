@@ -64,7 +64,9 @@ class Plan:
         resident = f"{self.resident_params / 1e6:,.1f} M parameters are resident"
         lines = [f"{streamed}; {resident}; updates: {self.update}"]
         for tier in ("GPU", "RAM"):
-            label = f"{tier} (this machine's RAM stands in)" if tier == "GPU" and self.device == "CPU" else tier
+            label = (
+                f"{tier} (this machine's RAM stands in)" if tier == "GPU" and self.device == "CPU" else tier
+            )
             lines.append(f"  {label:<42} {_size(self.tier_bytes(tier)):>12}")
             lines += [
                 f"    {item.what + (' (pinned)' if item.pinned else ''):<40} {_size(item.nbytes):>12}"
@@ -171,7 +173,9 @@ def check_budgets(plan: Plan, budgets: Budgets) -> None:
     ):
         if needs[tier] > budget:
             parts = ", ".join(
-                f"{item.what} {_size(item.nbytes)}" for item in plan.items if item.tier == tier and item.nbytes
+                f"{item.what} {_size(item.nbytes)}"
+                for item in plan.items
+                if item.tier == tier and item.nbytes
             )
             if tier == "RAM" and not on_gpu:
                 parts += f", stand-in for the GPU {_size(plan.tier_bytes('GPU'))}"
@@ -184,9 +188,7 @@ def check_budgets(plan: Plan, budgets: Budgets) -> None:
 def _deferred_hint(plan: Plan, tier: str) -> str:
     grads = next((item.nbytes for item in plan.items if item.what == "gradients"), 0)
     if tier == "RAM" and plan.update == "deferred" and grads:
-        return (
-            f" Training with max_grad_norm=0 and no accumulation lets updates overlap, which saves {_size(grads)}."
-        )
+        return f" Training with max_grad_norm=0 and no accumulation lets updates overlap, which saves {_size(grads)}."
     return ""
 
 

@@ -64,12 +64,16 @@ def prepare(
     )
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    optimizer = SlideAdamW([{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr)
+    optimizer = SlideAdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr
+    )
     engine.attach_optimizer(optimizer)
     return Run(engine, model, optimizer)
 
 
-def batches(steps: int, *, batch: int = 2, seq: int = 16, vocab: int = 96, seed: int = 7) -> list[torch.Tensor]:
+def batches(
+    steps: int, *, batch: int = 2, seq: int = 16, vocab: int = 96, seed: int = 7
+) -> list[torch.Tensor]:
     """Seeded random token batches, (batch, seq) int64."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab, (batch, seq), generator=generator) for _ in range(steps)]

@@ -21,9 +21,7 @@ def test_streamed_equals_resident_on_cpu(dtype, micro_batches, resident):
     bf16 = dtype == torch.bfloat16
     runs = [
         train(
-            prepare(
-                tiny_llama(dtype), bf16=bf16, accumulates=micro_batches > 1, resident_units=units
-            ),
+            prepare(tiny_llama(dtype), bf16=bf16, accumulates=micro_batches > 1, resident_units=units),
             10,
             micro_batches=micro_batches,
             autocast=bf16,
@@ -39,7 +37,9 @@ def test_streamed_equals_resident_on_cpu(dtype, micro_batches, resident):
 def test_overlapped_equals_deferred_on_cpu(tied):
     runs = [
         train(
-            prepare(tiny_llama(tie_word_embeddings=tied), config=SlideConfig(update=update)), 10, max_norm=None
+            prepare(tiny_llama(tie_word_embeddings=tied), config=SlideConfig(update=update)),
+            10,
+            max_norm=None,
         )
         for update in ("overlapped", "deferred")
     ]
@@ -61,7 +61,11 @@ def test_streamed_equals_resident_on_gpu(attention, micro_batches, deterministic
     runs = [
         train(
             prepare(
-                tiny_llama(**shape), device="cuda", accumulates=micro_batches > 1, resident_units=units, lr=1e-4
+                tiny_llama(**shape),
+                device="cuda",
+                accumulates=micro_batches > 1,
+                resident_units=units,
+                lr=1e-4,
             ),
             10,
             micro_batches=micro_batches,
