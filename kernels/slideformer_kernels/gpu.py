@@ -158,9 +158,11 @@ def _launch_adamw(
     is_split: bool,
 ) -> None:
     _check_device(exp_avg)
-    scale_is_pointer = isinstance(grad_scale, torch.Tensor)
-    if scale_is_pointer:
+    if isinstance(grad_scale, torch.Tensor):
         _check_scale(grad_scale, exp_avg)
+    else:
+        # Floats are passed by value without specialising on it, so no step compiles anything.
+        grad_scale = round_to_fp32(grad_scale)
     if numel == 0:
         return
     with torch.cuda.device_of(exp_avg):
@@ -170,8 +172,7 @@ def _launch_adamw(
             _bits(grad),
             exp_avg.view(torch.int32),
             exp_avg_sq.view(torch.int32),
-            # Floats are passed by value without specialising on it, so no step compiles anything.
-            grad_scale if scale_is_pointer else round_to_fp32(grad_scale),
+            grad_scale,
             scalars.decay,
             scalars.one_minus_beta1,
             scalars.beta2,
@@ -181,7 +182,7 @@ def _launch_adamw(
             -scalars.step_size,
             numel,
             IS_SPLIT=is_split,
-            SCALE_IS_POINTER=scale_is_pointer,
+            SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
             INTERPRETED=triton.knobs.runtime.interpret,
             BLOCK=BLOCK_NUMEL,
             num_warps=NUM_WARPS,
