@@ -66,7 +66,7 @@ def print_row(operation: str, numel: int, moved_bytes: int, samples: list[float]
         "operation": operation,
         "numel": numel,
         "gparam_per_s": round(numel / times["p50_s"] / 1e9, 3),
-        "gb_per_s": round(moved_bytes / times["p50_s"] / 1e9, 1),
+        "gb_per_s": round(moved_bytes / times["p50_s"] / 1e9, 3),
         **times,
         **extra,
         "torch": torch.__version__,
