@@ -65,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "completion, or text (default: the standard library's docstrings)",
     )
     add("--max-steps", type=_positive(int), default=60, help="optimizer steps (default: %(default)s)")
-    add("--batch-size", type=_positive(int), default=8, help="rows in a step (default: %(default)s)")
+    add("--batch-size", type=_positive(int), default=4, help="rows in a step (default: %(default)s)")
     add("--learning-rate", type=_positive(float), default=2e-4, help="its peak (default: %(default)s)")
     add("--max-length", type=_positive(int), default=128, help="tokens in a row (default: %(default)s)")
     add("--output-dir", type=Path, default=Path("outputs/demo"), help="(default: %(default)s)")

@@ -26,7 +26,7 @@ from transformers import (
     set_seed,
 )
 
-HELD_OUT_ROWS = 120
+HELD_OUT_ROWS = 96
 SCORED_ROWS = 24
 SHOWN_ROWS = 2
 LINES = 12  # of the training table
@@ -47,14 +47,15 @@ def fine_tune(options: argparse.Namespace) -> None:
     model, tokenizer = load_pretrained(source)
     corpus = load_corpus(options.dataset, options.seed, HELD_OUT_ROWS)
     prompts = Prompts(tokenizer, corpus.instruction, options.max_length)
-    train, held_out = encode(corpus, prompts)
+    train, held_out = encode(corpus, prompts, options.max_steps * options.batch_size)
     precision, reason = choose_precision(options.cpu)
     arguments = training_arguments(options, precision)
     dtype = str(model.dtype).removeprefix("torch.")
     rows(
         {
             "model": f"{Path(source).name}, {model.num_parameters() / 1e6:,.1f} M parameters in {dtype}",
-            "data": f"{corpus.name}: {len(train):,} rows to train on, {len(held_out):,} held out",
+            "data": f"{corpus.name}: {len(train):,} of {len(corpus.train):,} rows to train on, "
+            f"{len(held_out):,} held out",
             "training": f"{options.max_steps} steps of {options.batch_size} rows, learning rate "
             f"{options.learning_rate:g}, {options.trainer} trainer on {arguments.device}",
             "precision": f"{precision} ({reason})",
@@ -63,6 +64,9 @@ def fine_tune(options: argparse.Namespace) -> None:
     trainer = build_trainer(options.trainer, model, arguments, train, held_out, prompts)
     course = Course(lambda: engine_totals(trainer))
     trainer.add_callback(course)
+
+    section("What lives where")
+    show_placement(trainer)
 
     section("Before training")
     asked = corpus.held_out.select(range(min(SCORED_ROWS, len(corpus.held_out))))
@@ -73,9 +77,6 @@ def fine_tune(options: argparse.Namespace) -> None:
     scores_before = score(answers_before, references)
     rows(judgement({"held-out loss": loss_before} | scores_before))
 
-    section("What lives where")
-    show_placement(trainer)
-
     section("Training")
     started = time.perf_counter()
     trainer.train()
@@ -84,7 +85,7 @@ def fine_tune(options: argparse.Namespace) -> None:
     rows(step_summary(course, seconds, options.max_steps) | peak_memory(arguments.device))
 
     section("After training")
-    loss_after = trainer.evaluate()["eval_loss"]
+    loss_after = course.loss_at(options.max_steps) or trainer.evaluate()["eval_loss"]
     answers_after = answer(trainer.model, prompts, asked, arguments.device, options.batch_size)
     scores_after = score(answers_after, references)
     rows(
@@ -124,9 +125,10 @@ def prepare_output(directory: Path) -> None:
         raise DemoError(f"the output directory {directory} is not writable")
 
 
-def encode(corpus: Corpus, prompts: Prompts) -> tuple[Dataset, Dataset]:
-    """Tokenize both sides of the corpus."""
-    train, held_out = prompts.encode_all(corpus.train), prompts.encode_all(corpus.held_out)
+def encode(corpus: Corpus, prompts: Prompts, train_rows: int) -> tuple[Dataset, Dataset]:
+    """Tokenize both sides of the corpus; of the training side no more than will be used."""
+    used = corpus.train.select(range(min(train_rows, len(corpus.train))))
+    train, held_out = prompts.encode_all(used), prompts.encode_all(corpus.held_out)
     if not len(train) or not len(held_out):
         raise DemoError(
             f"no row of {corpus.name} leaves room for an answer in --max-length {prompts.max_length}"
@@ -150,8 +152,8 @@ def choose_precision(cpu_only: bool) -> tuple[str, str]:
     return ("bf16" if bf16_ms < 0.75 * fp32_ms else "fp32"), timings
 
 
-def matmul_ms(dtype: torch.dtype, repeats: int = 7) -> float:
-    """Time one matrix product on the CPU, the best of some."""
+def matmul_ms(dtype: torch.dtype, repeats: int = 25) -> float:
+    """Time one matrix product on the CPU, the best of some: other programs may be running."""
     left, right = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
     times = []
     for _ in range(repeats):
@@ -213,15 +215,13 @@ def build_trainer(
 
 def engine_totals(trainer: Trainer) -> dict[str, float]:
     """Return SlideFormer's counters so far; empty for plain Trainer."""
-    metrics = getattr(getattr(trainer, "slide", None), "metrics", None)
-    return metrics.totals() if hasattr(metrics, "totals") else {}
+    return dict(trainer.slide.metrics) if hasattr(trainer, "slide") else {}
 
 
 def show_placement(trainer: Trainer) -> None:
     """Print the plan: which state lives in GPU memory, in RAM, on disk."""
-    plan = getattr(getattr(trainer, "slide", None), "plan", None)
-    if plan is not None:
-        print(plan, flush=True)
+    if hasattr(trainer, "slide"):
+        print(trainer.slide.plan, flush=True)
     else:
         rows(plain_placement(trainer.model, str(trainer.args.device)))
 

@@ -100,6 +100,10 @@ class Course(TrainerCallback):
             self.held_out.append(point)
         self._mark(state.global_step)
 
+    def loss_at(self, step: int) -> float | None:
+        """Return the held-out loss after `step` steps, if it was taken then."""
+        return dict(self.held_out).get(step)
+
     def _mark(self, step: int) -> None:
         """Start the next interval here, so that an evaluation's time is not taken for the next steps'."""
         self._step, self._time, self._before = step, time.perf_counter(), Counter(self._totals())

@@ -1,6 +1,7 @@
 """A tiny model with random weights and a tiny dataset, on disk as a user's own would be."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -79,8 +80,9 @@ def tiny_dataset(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """`datasets` converts files into a cache; not into the user's."""
+def own_surroundings(tmp_path, monkeypatch):
+    """Keep `datasets` out of the user's cache, and the demo's choice of one GPU out of other tests."""
     import datasets
 
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")

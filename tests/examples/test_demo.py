@@ -294,6 +294,12 @@ def test_mistakes_end_with_one_line(more, message, tiny_model_dir, tiny_dataset,
     assert error.count("\n") == 1
 
 
+def test_an_unreadable_model_file_is_named(tiny_dataset, tmp_path, capsys):
+    (tmp_path / "broken.gguf").write_bytes(b"not a gguf file")
+    assert run_demo(tmp_path / "broken.gguf", tiny_dataset, tmp_path / "out", "--trainer", "plain") == 2
+    assert "cannot load the model" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setitem(demo.PACKAGES, "no_such_package", "no-such-package")
     assert demo.main([]) == 2
