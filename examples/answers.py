@@ -17,7 +17,7 @@ MAX_ANSWER_TOKENS = 32
 
 
 def answer(
-    model: PreTrainedModel, prompts: Prompts, rows: Dataset, device: torch.device, batch_size: int
+    model: PreTrainedModel, prompts: Prompts, rows: Dataset, device: torch.device, batch_size: int = 12
 ) -> list[str]:
     """Answer the rows' prompts greedily, one line each; leaves the model in the mode it was in."""
     was_training = model.training

@@ -73,7 +73,7 @@ def fine_tune(options: argparse.Namespace) -> None:
     questions = [prompts.question(row) for row in asked]
     references = [reference for _, reference in questions]
     loss_before = trainer.evaluate()["eval_loss"]
-    answers_before = answer(trainer.model, prompts, asked, arguments.device, options.batch_size)
+    answers_before = answer(trainer.model, prompts, asked, arguments.device)
     scores_before = score(answers_before, references)
     rows(judgement({"held-out loss": loss_before} | scores_before))
 
@@ -86,7 +86,7 @@ def fine_tune(options: argparse.Namespace) -> None:
 
     section("After training")
     loss_after = course.loss_at(options.max_steps) or trainer.evaluate()["eval_loss"]
-    answers_after = answer(trainer.model, prompts, asked, arguments.device, options.batch_size)
+    answers_after = answer(trainer.model, prompts, asked, arguments.device)
     scores_after = score(answers_after, references)
     rows(
         judgement(
@@ -136,13 +136,18 @@ def encode(corpus: Corpus, prompts: Prompts, train_rows: int) -> tuple[Dataset, 
     return train, held_out
 
 
+def on_gpu(cpu_only: bool) -> bool:
+    """Whether there is a CUDA device, and it may be used."""
+    return torch.cuda.is_available() and not cpu_only
+
+
 def choose_precision(cpu_only: bool) -> tuple[str, str]:
     """Return "bf16" or "fp32", and why.
 
     On a GPU bf16. On a CPU whichever multiplies matrices faster: bf16 is fast with AMX or AVX512-BF16, and
     several times slower than fp32 without. Asking the processor beats keeping a list of its features.
     """
-    if torch.cuda.is_available() and not cpu_only:
+    if on_gpu(cpu_only):
         return (
             ("bf16", "the GPU has it") if torch.cuda.is_bf16_supported() else ("fp32", "this GPU has no bf16")
         )
@@ -175,7 +180,7 @@ def training_arguments(options: argparse.Namespace, precision: str) -> TrainingA
         warmup_steps=max(1, options.max_steps // 10),
         weight_decay=0.01,
         bf16=precision == "bf16",
-        use_cpu=options.cpu,
+        use_cpu=not on_gpu(options.cpu),  # bf16 without a GPU has to be told that the CPU is meant
         seed=options.seed,
         logging_steps=max(1, options.max_steps // LINES),
         eval_strategy="steps",
@@ -183,7 +188,7 @@ def training_arguments(options: argparse.Namespace, precision: str) -> TrainingA
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available() and not options.cpu,
+        dataloader_pin_memory=on_gpu(options.cpu),
     )
 
 
@@ -279,7 +284,7 @@ def reloaded_loss(
 
 def roomy_device(model: PreTrainedModel, cpu_only: bool) -> torch.device:
     """Return the GPU if the whole model fits beside the trainer's, else the CPU."""
-    if not cpu_only and torch.cuda.is_available():
+    if on_gpu(cpu_only):
         free_bytes, _ = torch.cuda.mem_get_info()
         if model.get_memory_footprint() < 0.5 * free_bytes:
             return torch.device("cuda")

@@ -278,6 +278,15 @@ def test_both_trainers_learn_the_same(tiny_model_dir, tiny_dataset, tmp_path, ca
         torch.testing.assert_close(slide[name], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("device", [[], ["--cpu"]])
+def test_arguments_suit_the_machine(precision, device, tmp_path):
+    import finetune
+
+    arguments = finetune.training_arguments(demo.parse(["--output-dir", str(tmp_path), *device]), precision)
+    assert arguments.device.type == ("cuda" if torch.cuda.is_available() and not device else "cpu")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
