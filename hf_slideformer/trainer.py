@@ -178,9 +178,12 @@ class SlideTrainerMixin(_Trainer):
             )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(f"pass the model itself, not a {type(model).__name__} around it")
-        for name in ("gradient_checkpointing_disable", "activation_checkpointing_disable"):
-            if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, name):
-                getattr(model, name)()
+        # The older pair of names warns on versions that have the newer one.
+        for kind in ("activation_checkpointing", "gradient_checkpointing"):
+            if hasattr(type(model), f"is_{kind}"):
+                if getattr(model, f"is_{kind}"):
+                    getattr(model, f"{kind}_disable")()
+                break
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing to move: the engine places the model when it is prepared."""

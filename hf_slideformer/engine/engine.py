@@ -14,6 +14,7 @@ gradients have landed.
 
 from __future__ import annotations
 
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -165,6 +166,8 @@ class SlideEngine:
                         owners=owners,
                         host_weights=memory.weights.tensor(torch.uint8, 0, layout.weight_bytes),
                         original_forward=unit.module.forward,
+                        argument_names=tuple(inspect.signature(unit.module.forward).parameters),
+                        version=sum(state.param._version for state in states),
                     )
                 )
             for _, param in model.named_parameters():

@@ -58,6 +58,7 @@ class Unit:
     owners: list[list[Owner]]
     host_weights: torch.Tensor
     original_forward: Callable[..., Any]
+    argument_names: tuple[str, ...]
     pending_update: Handle | None = None
     forwards_since_step: int = 0
     version: int = 0
@@ -140,10 +141,9 @@ class Executor:
         following = after_forward(self.tape.expected, unit.index, self.pool.depth)
         if not torch.is_grad_enabled():
             return self._run_plain(unit, following, args, kwargs)
-        kwargs = {
-            key: (None if key in _CACHE_ARGUMENTS else False if key == "use_cache" else value)
-            for key, value in kwargs.items()
-        }
+        names = (*unit.argument_names, *("" for _ in args))
+        args = tuple(_without_cache(name, value) for name, value in zip(names, args, strict=False))
+        kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not unit.trainable and not any(tensor.requires_grad for tensor in tensors):
@@ -307,6 +307,13 @@ class _StreamedUnit(torch.autograd.Function):
             )
         ctx.saved_tensors  # noqa: B018 - performs the in-place check
         return None, None, *call.executor.run_backward(call, grads)
+
+
+def _without_cache(name: str, value: Any) -> Any:
+    """An argument as it may be while gradients flow: no key-value cache, and none asked for."""
+    if name in _CACHE_ARGUMENTS:
+        return None
+    return False if name == "use_cache" else value
 
 
 _TENSOR = object()  # stands for a tensor in a flattened structure

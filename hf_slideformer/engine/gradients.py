@@ -14,8 +14,9 @@ and edits by hand work; `p.grad is None` is the truth about whether a gradient i
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from slideformer_kernels import accumulate_, sum_of_squares
@@ -52,14 +53,19 @@ class StagingBuffers:
         self._available = threading.Semaphore(count)
 
     def take(self) -> HostBuffer:
-        """A free buffer, which the caller owns until `give_back`."""
+        """A free buffer, which the caller owns until it leaves `returned`."""
         self._available.acquire()
         return self._free.pop() if self._free else HostBuffer(self._nbytes, pin=self._pin)
 
-    def give_back(self, buffer: HostBuffer) -> None:
-        """Return a buffer that nothing reads or writes any more."""
-        self._free.append(buffer)
-        self._available.release()
+    @contextlib.contextmanager
+    def returned(self, staged: list[HostBuffer]) -> Iterator[HostBuffer]:
+        """Use the one buffer in `staged`; it is free again afterwards, also when the work failed."""
+        buffer = staged.pop()
+        try:
+            yield buffer
+        finally:
+            self._free.append(buffer)
+            self._available.release()
 
 
 class Gradients:
@@ -172,16 +178,15 @@ class Gradients:
         known = {state.order for state in states if state.param.grad is not None}
 
         def add() -> None:
-            buffer = staged[0]
-            for state in states:
-                source = grad_view(buffer, state.segment, fp32=False)
-                target = unit.memory.gradient(state.segment)
-                if state.order in known:
-                    accumulate_(target, source)
-                else:
-                    target.copy_(source)
-                self._squares[state.order] = (sum_of_squares(target), 0)
-            self._staging.give_back(buffer)
+            with self._staging.returned(staged) as buffer:
+                for state in states:
+                    source = grad_view(buffer, state.segment, fp32=False)
+                    target = unit.memory.gradient(state.segment)
+                    if state.order in known:
+                        accumulate_(target, source)
+                    else:
+                        target.copy_(source)
+                    self._squares[state.order] = (sum_of_squares(target), 0)
 
         done = self._worker.submit(f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=handle)
         self._landing[unit.index] = (unit, states, [handle, done])
@@ -195,8 +200,8 @@ class Gradients:
         apply = self._overlapped_update(unit, states)
 
         def update() -> None:
-            apply(staged[0])
-            self._staging.give_back(staged[0])
+            with self._staging.returned(staged) as buffer:
+                apply(buffer)
 
         self._pool.invalidate_unit(unit.index)
         unit.pending_update = self._worker.submit(
@@ -219,8 +224,12 @@ class Gradients:
         def copy() -> None:
             buffer = self._staging.take()
             staged.append(buffer)
-            for state, grad in zip(states, tensors, strict=True):
-                grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
+            try:
+                for state, grad in zip(states, tensors, strict=True):
+                    grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
+            except BaseException:
+                with self._staging.returned(staged):  # nobody else will: who waits for this copy fails with it
+                    raise
 
         return self._lane.submit(
             f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)

@@ -123,19 +123,17 @@ def _loss_and_gradients(
     # predicts nothing.
     label_count = sum((batch["labels"][:, 1:] != -100).sum() for batch in micro_batches)
     total_loss = torch.tensor(0.0)
-    sums: dict[str, torch.Tensor] = {}
+    if len(micro_batches) > 1:
+        # Gradients are summed in fp32, also where a tied weight gets several in one backward.
+        for parameter in parameters.values():
+            parameter.grad_dtype = torch.float32
     for batch in micro_batches:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**batch, num_items_in_batch=label_count).loss
         loss.backward()
         total_loss += loss.detach()
-        for name, parameter in parameters.items():
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient.dtype == torch.bfloat16
-            if len(micro_batches) == 1:
-                sums[name] = gradient
-            else:
-                if name not in sums:
-                    sums[name] = torch.zeros_like(gradient, dtype=torch.float32)
-                reference.accumulate_(sums[name], gradient)
-    return total_loss.item(), sums
+    gradients = {}
+    for name, parameter in parameters.items():
+        gradients[name], parameter.grad = parameter.grad, None
+        assert gradients[name].dtype == (torch.bfloat16 if len(micro_batches) == 1 else torch.float32)
+    return total_loss.item(), gradients

@@ -1,0 +1,133 @@
+"""Failures of lanes and of the worker reach the caller with their cause; nothing hangs and nothing is hidden."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from hf_slideformer import SlideConfig
+from hf_slideformer.engine import engine as engine_module
+from hf_slideformer.errors import StateError, TransferError
+from tests.engine.loop import assert_same_bits, prepare, tiny_llama, train
+
+
+def _fail_on_call(function, number, error):
+    calls = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            raise error
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+def test_a_failed_update_is_raised_with_its_cause_and_stops_the_engine(monkeypatch, update):
+    run = prepare(tiny_llama(), config=SlideConfig(update=update))
+    cause = MemoryError("out of arms")
+    monkeypatch.setattr(engine_module, "update_unit", _fail_on_call(engine_module.update_unit, 3, cause))
+    with pytest.raises((TransferError, StateError), match="out of arms") as caught:
+        train(run, 3, max_norm=None)
+    assert _has_cause(caught.value, cause)
+    # The weights are half one step and half another: it must not go on as if nothing had happened.
+    with pytest.raises(StateError, match="last checkpoint"):
+        train(run, 1, max_norm=None)
+
+
+def test_a_failed_gradient_copy_is_raised_and_a_reset_makes_the_engine_usable(monkeypatch):
+    reference = train(prepare(tiny_llama()), 3)
+    run = prepare(tiny_llama())
+    broken = {"left": 1}
+
+    def fail_once(label):
+        if broken["left"] and label.startswith("gradients"):
+            broken["left"] -= 1
+            raise OSError("link down")
+        return 0.0
+
+    monkeypatch.setattr(run.engine._lanes[1], "_delay_s", fail_once)
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    loss = run.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    with pytest.raises(TransferError, match="link down"):
+        loss.backward()
+    run.engine.reset()
+    assert all(p.grad is None for p in run.model.parameters())
+    assert_same_bits(train(run, 3), reference)
+
+
+def test_a_failed_fetch_is_raised_and_the_next_one_works(monkeypatch):
+    reference = train(prepare(tiny_llama()), 3)
+    run = prepare(tiny_llama())
+    broken = {"left": 1}
+
+    def fail_once(label):
+        if broken["left"] and label == "fetch of model.layers.4":
+            broken["left"] -= 1
+            raise OSError("link down")
+        return 0.0
+
+    monkeypatch.setattr(run.engine._lanes[0], "_delay_s", fail_once)
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    with pytest.raises(TransferError, match=r"fetch of model\.layers\.4.*link down"):
+        run.model(input_ids=tokens, labels=tokens, use_cache=False)
+    run.engine.reset()
+    assert_same_bits(train(run, 3), reference)
+
+
+def test_an_interrupted_overlapped_backward_is_not_trusted():
+    run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"))
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    hidden = run.model.model.embed_tokens(tokens)
+    hidden.retain_grad()
+    hidden.register_hook(_interrupt)
+    loss = run.model(inputs_embeds=hidden, labels=tokens, use_cache=False).loss
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    with pytest.raises(StateError, match="interrupted"):
+        run.engine.reset()
+
+
+def _interrupt(_grad):
+    raise KeyboardInterrupt
+
+
+def test_a_process_with_a_failed_worker_ends(tmp_path):
+    """Exit code and traceback, not a hang."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from hf_slideformer.engine import engine
+            from tests.engine.loop import prepare, tiny_llama, train
+
+            def fail(*args):
+                raise RuntimeError("broken on purpose")
+
+            engine.update_unit = fail
+            train(prepare(tiny_llama()), 3)
+            """
+        )
+    )
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        f"import sys; sys.path[:0] = {sys.path!r}; exec(open({str(script)!r}).read())",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "broken on purpose" in done.stderr
+
+
+def _has_cause(error, cause):
+    while error is not None:
+        if error is cause:
+            return True
+        error = error.__cause__
+    return False
