@@ -102,6 +102,9 @@ class SlotPool:
             self._slots = [
                 _Slot(torch.empty(slot_bytes, dtype=torch.uint8, device=device)) for _ in range(num_slots)
             ]
+        for slot in self._slots:
+            # The allocator orders reuse of memory on the current stream only; the first copy runs on another.
+            slot.released = compute_event(device)
 
     @property
     def depth(self) -> int:
