@@ -11,6 +11,7 @@ ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
+OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -qq
 # Nothing that runs from here asks a hub for anything or reports to anyone.
@@ -35,8 +36,9 @@ test-gpu: $(VENV)/.test $(VENV)/.gpu
 		|| { echo "make test-gpu: torch finds no CUDA device here" >&2; exit 1; }
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu $(ARGS)
 
-# The oldest transformers that we support, where it can differ: the parity tests and the smoke tests.
-SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row
+# The oldest transformers and Triton that we support, where they can differ: the parity tests, the GPU kernels
+# compiled and interpreted, and the smoke tests.
+SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row tests/kernels/test_gpu.py
 test-oldest: $(OLDEST)/.test
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(wildcard tests/parity) $(SMOKE) $(ARGS)
 
@@ -102,5 +104,6 @@ $(VENV)/.gpu: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
-	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/torch.txt -e ".[test]" "transformers==$(OLDEST_TRANSFORMERS)"
+	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/torch.txt -e ".[test]" \
+		"transformers==$(OLDEST_TRANSFORMERS)" "triton==$(OLDEST_TRITON)"
 	@touch $@

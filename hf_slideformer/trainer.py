@@ -141,7 +141,7 @@ class SlideTrainerMixin(_Trainer):
             raise UnsupportedModelError(
                 "hf_slideformer places the training state itself; remove deepspeed= and fsdp= from TrainingArguments"
             )
-        if self.optimizer_choice() not in _OPTIMIZERS:
+        if OptimizerNames(args.optim) not in _OPTIMIZERS:
             raise UnsupportedModelError(
                 f"optim={str(args.optim)!r} cannot update streamed parameters; use "
                 + " or ".join(repr(str(name.value)) for name in _OPTIMIZERS)
@@ -164,10 +164,6 @@ class SlideTrainerMixin(_Trainer):
             if getattr(args, flag, False):
                 setattr(args, flag, False)
         _check_writable(Path(args.output_dir))
-
-    def optimizer_choice(self) -> OptimizerNames:
-        """The optimizer named by the arguments."""
-        return OptimizerNames(self.args.optim)
 
     def _check_model(self, model: nn.Module) -> None:
         config = getattr(model, "config", None)
