@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_slideformer import SlideAccelerator, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine, engine_of
+from hf_slideformer.errors import StateError
 
 from . import runs
 
@@ -217,14 +218,14 @@ def test_zeroing_gradients_in_place_while_updates_run(accumulates):
     assert_same_as_plain(body, accumulates=accumulates, delays={"update": runs.slow(0.01)})
 
 
-def test_gradients_kept_over_steps():
-    # No zero_grad(): torch adds the next gradients to these.
-    def body(loop):
-        for tokens in runs.batches(3):
-            loop.loss(tokens).backward()
-            loop.optimizer.step()
-
-    assert_same_as_plain(body)
+def test_gradients_kept_over_steps_are_refused():
+    # torch would add the next gradients to these; here step() uses up those of streamed layers.
+    loop = runs.slide_loop()
+    first, second = runs.batches(2)
+    loop.loss(first).backward()
+    loop.optimizer.step()
+    with pytest.raises(StateError, match="zero_grad"):
+        loop.loss(second)
 
 
 def test_parameters_without_a_gradient_are_skipped():
@@ -256,7 +257,7 @@ def test_group_added_after_preparation():
         first, second = runs.batches(2)
         loop.loss(first).backward()
         loop.optimizer.step()
-        loop.optimizer.zero_grad()
+        loop.model.zero_grad()
         late = loop.model.model.layers[3].mlp.down_proj.weight
         loop.optimizer.add_param_group({"params": [late], "weight_decay": 0.1})
         loop.loss(second).backward()

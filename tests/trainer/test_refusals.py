@@ -286,6 +286,19 @@ def test_data_replaced_after_preparation(name):
         _step(loop)
 
 
+@pytest.mark.parametrize("how", ["assigned", "loaded"])
+def test_parameter_replaced_after_preparation(how):
+    # Streaming puts the parameter that it knows back after every use: the new weights would silently be gone.
+    loop = runs.slide_loop()
+    if how == "assigned":
+        projection = loop.model.model.layers[2].mlp.up_proj
+        projection.weight = nn.Parameter(torch.zeros_like(projection.weight))
+    else:
+        loop.model.load_state_dict(runs.llama(seed=1).state_dict(), assign=True)
+    with pytest.raises(StateError, match=r"layers\.\d\.[a-z_.]+weight was replaced"):
+        loop.loss(runs.batches(1)[0])
+
+
 def test_hooks_on_streamed_parameters(tmp_path):
     # The gradient reaches another tensor than the one that the hook is on, so it could never run.
     model = runs.llama()

@@ -179,6 +179,12 @@ def test_deepcopy_waits_for_updates(part):
     runs.assert_same_weights(runs.masters(copied), runs.masters(original), atol=0)
 
 
+def test_a_copy_can_be_pickled():
+    copied = copy.deepcopy(runs.slide_loop().model)
+    restored = pickle.loads(pickle.dumps(copied))
+    assert torch.equal(_logits(restored), _logits(copied))
+
+
 def test_a_copy_can_be_streamed_itself():
     first = runs.slide_loop()
     second = runs.slide_loop(copy.deepcopy(first.model))
