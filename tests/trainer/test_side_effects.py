@@ -138,8 +138,7 @@ def test_predict_before_train(tmp_path):
     assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("sampled", [False, True])
-def test_generate_after_training(tmp_path, slow_updates, sampled):
+def test_generate_after_training(tmp_path, slow_updates):
     ours, theirs = (runs.make(base, runs.llama(), tmp_path, max_steps=2) for base in (SlideTrainer, Trainer))
     texts = []
     for trainer in (ours, theirs):
@@ -147,7 +146,7 @@ def test_generate_after_training(tmp_path, slow_updates, sampled):
         trainer.model.eval()
         torch.manual_seed(0)
         prompt = runs.batches(1)[0]
-        options = {"max_new_tokens": 6, "do_sample": sampled, "use_cache": True}
+        options = {"max_new_tokens": 6, "do_sample": True, "use_cache": True}
         texts.append(trainer.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options))
         torch.manual_seed(trainer.args.seed)  # the order of samples depends on the last seed that was set
     assert torch.equal(*texts)
@@ -159,13 +158,11 @@ def test_generate_after_training(tmp_path, slow_updates, sampled):
 # -- several runs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("between", ["nothing", "evaluate"])
-def test_second_train(tmp_path, between):
+def test_second_train(tmp_path):
     ours, theirs = (runs.make(base, runs.llama(), tmp_path, max_steps=2) for base in (SlideTrainer, Trainer))
     for trainer in (ours, theirs):
         trainer.train()
-        if between == "evaluate":
-            trainer.evaluate()
+        trainer.evaluate()
         trainer.args.max_steps = 3
         trainer.train()
         assert trainer.state.global_step == 3
