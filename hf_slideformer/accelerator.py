@@ -27,6 +27,7 @@ class SlideAccelerator(Accelerator):
     _slide_config: SlideConfig | None = None
     _slide_accumulates = False
     _slide_overlap_is_exact = False
+    _slide_bf16: bool | None = None
 
     def configure_slide(self, config: SlideConfig, *, accumulates: bool, overlap_is_exact: bool) -> None:
         """Set how the next model is streamed.
@@ -43,6 +44,8 @@ class SlideAccelerator(Accelerator):
         self._slide_config = config
         self._slide_accumulates = accumulates
         self._slide_overlap_is_exact = overlap_is_exact
+        # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
+        self._slide_bf16 = self.mixed_precision == "bf16"
 
     def _engine(self, model: torch.nn.Module) -> SlideEngine | None:
         return engine_of(model)
@@ -73,10 +76,12 @@ class SlideAccelerator(Accelerator):
             if model not in self._models:
                 self._models.append(model)
             return model
+        if self._slide_bf16 is None:
+            self.configure_slide(SlideConfig(), accumulates=False, overlap_is_exact=False)
         SlideEngine(
             model,
             device=self.device,
-            bf16=self.mixed_precision == "bf16",
+            bf16=bool(self._slide_bf16),
             config=self._slide_config or SlideConfig(),
             accumulates=self._slide_accumulates or self.gradient_accumulation_steps > 1,
             overlap_is_exact=self._slide_overlap_is_exact,
@@ -95,7 +100,7 @@ class SlideAccelerator(Accelerator):
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for model in self._models:
             engine = self._engine(model)
-            if engine is not None:
+            if engine is not None and any(engine.owns(param) for param in parameters):
                 return engine.clip_grad_norm_(parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
 

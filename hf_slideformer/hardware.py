@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from slideformer_kernels.cpu import default_threads
 
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -49,8 +50,10 @@ def usable_cores() -> int:
 def default_update_threads(device: torch.device) -> int:
     """Threads for the CPU update.
 
-    Beside a GPU one core is left to the thread that launches kernels. The size is ours to choose, since
-    launchers set OMP_NUM_THREADS=1.
+    Physical cores: the update is bound by memory, which a second thread on a core does not widen. Beside a GPU one
+    core is left to the thread that launches kernels, unless it has its own hardware thread. The size is ours to
+    choose, since launchers set OMP_NUM_THREADS=1.
     """
-    cores = usable_cores()
-    return max(1, cores - 1) if device.type == "cuda" else cores
+    physical = default_threads()
+    spare = usable_cores() - physical
+    return max(1, physical - 1) if device.type == "cuda" and spare < 1 else physical

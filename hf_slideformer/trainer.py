@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +70,11 @@ class SlideStatus:
         if engine is not None:
             engine.synchronize()
 
-    def weights_changed(self) -> None:
-        """Call after writing weights through `p.data`; other writes are noticed."""
+    def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Call after writing weights through `p.data`, with the parameters written; other writes are noticed."""
         engine = self.engine
         if engine is not None:
-            engine.weights_changed()
+            engine.weights_changed(parameters)
 
 
 class SlideTrainerMixin(_Trainer):
@@ -94,8 +95,7 @@ class SlideTrainerMixin(_Trainer):
         super().__init__(*args, **kwargs)
         self.slide = SlideStatus(self)
         self._check_model(self.model)
-        if self.optimizer is not None:
-            SlideAdamW.check_adoptable(self.optimizer)
+        self._check_optimizer()
         check_budgets(
             self._blueprint().plan(training=True), find_budgets(self._slide_config, self.args.device)
         )
@@ -122,7 +122,7 @@ class SlideTrainerMixin(_Trainer):
     def _blueprint(self) -> Blueprint:
         return Blueprint.of(
             self.model,
-            bf16=self.accelerator.mixed_precision == "bf16",
+            bf16=bool(self.accelerator._slide_bf16),
             config=self._slide_config,
             accumulates=self.args.gradient_accumulation_steps > 1,
             overlap_is_exact=self._overlap_is_exact(),
@@ -181,6 +181,22 @@ class SlideTrainerMixin(_Trainer):
                     getattr(model, f"{kind}_disable")()
                 break
 
+    def _check_optimizer(self) -> None:
+        if self.optimizer is not None:
+            SlideAdamW.check_adoptable(self.optimizer)
+        if self.optimizer_cls_and_kwargs is not None:
+            cls, kwargs = self.optimizer_cls_and_kwargs
+            if cls not in (torch.optim.AdamW, SlideAdamW):
+                raise UnsupportedModelError(
+                    f"{getattr(cls, '__name__', cls)} cannot update streamed parameters; use torch.optim.AdamW or "
+                    "SlideAdamW"
+                )
+            for option in ("amsgrad", "maximize", "differentiable"):
+                if kwargs.get(option):
+                    raise UnsupportedModelError(
+                        f"AdamW's option {option}=True is not supported; leave it off"
+                    )
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing to move: the engine places the model when it is prepared."""
 
@@ -190,14 +206,9 @@ class SlideTrainerMixin(_Trainer):
         """`SlideAdamW` over the groups that Trainer makes (weight decay and none)."""
         if self.optimizer is None:
             given: tuple[type, dict[str, Any]] | None = self.optimizer_cls_and_kwargs
-            cls, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if cls not in (torch.optim.AdamW, SlideAdamW):
-                raise UnsupportedModelError(
-                    f"{cls.__name__} cannot update streamed parameters; use torch.optim.AdamW or SlideAdamW"
-                )
-            known = {
-                key: value for key, value in kwargs.items() if key not in ("fused", "foreach", "capturable")
-            }
+            _, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            # What is left out are AdamW's switches for its own loops, and options that were checked to be off.
+            known = {key: kwargs[key] for key in ("lr", "betas", "eps", "weight_decay") if key in kwargs}
             self.optimizer_cls_and_kwargs = (SlideAdamW, known)
             try:
                 return super().create_optimizer() if model is None else super().create_optimizer(model)

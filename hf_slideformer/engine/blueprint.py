@@ -13,7 +13,7 @@ from ..errors import ConfigError, UnsupportedModelError
 from ..hardware import available_gpu_bytes, available_ram_bytes
 from ..memory.layout import ParamSpec, UnitLayout, lay_out
 from ..planner.plan import Budgets, Plan, make_plan
-from .units import UnitModule, find_units, param_spec
+from .units import UnitModule, check_no_hooks, find_units, param_spec
 
 # One slot in use, the rest arriving: bursts of late copies are absorbed by the one beyond the minimum.
 _SLOTS = 3
@@ -64,6 +64,18 @@ class Blueprint:
                     f"{name} has no data (meta device); load the model's weights before preparing it"
                 )
             specs[id(param)] = param_spec(model, name, param, bf16=bf16)
+        for unit in units:
+            for name, param in unit.parameters.items():
+                check_no_hooks(name, param)
+        if (
+            accumulates
+            and not hasattr(torch.Tensor, "grad_dtype")
+            and any(spec.trainable and spec.dtype != torch.float32 for spec in specs.values())
+        ):
+            raise UnsupportedModelError(
+                "gradient accumulation in fp32 with bf16 weights needs torch >= 2.10, this is "
+                f"{torch.__version__}; upgrade torch, or use gradient_accumulation_steps=1"
+            )
         streamed = {id(param) for unit in units for param in unit.parameters.values()}
         if config.update == "overlapped" and accumulates:
             raise ConfigError(

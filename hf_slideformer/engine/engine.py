@@ -36,7 +36,7 @@ from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, upda
 from ..optim.worker import UpdateWorker
 from ..planner.plan import check_budgets
 from .blueprint import Blueprint, find_budgets
-from .executor import Executor, Unit, UnitForward
+from .executor import Executor, Unit, UnitForward, check_unchanged, raise_not_picklable
 from .gradients import Gradients, StagingBuffers
 
 
@@ -86,11 +86,15 @@ class SlideEngine:
         self._accumulates = accumulates
         self._threads = config.cpu_threads or default_update_threads(device)
         self._optimizer: SlideAdamW | None = None
-        self._grad_scale = 1.0
+        # Gradients that were clipped and not used yet: the gradient, its version then, and the coefficient.
+        self._clipped: dict[int, tuple[torch.Tensor, int, float]] = {}
+        # Resident gradients that the last step used, to notice a missing zero_grad.
+        self._used: dict[int, tuple[torch.Tensor, int]] = {}
         self._steps = 0
         self._overlapped_hyperparams: dict[int, Hyperparams] = {}
         self._group_of: dict[int, int] = {}
         self._loading: dict[int, torch.Tensor] = {}
+        self._load_root: nn.Module | None = None
 
         self._blueprint = blueprint = Blueprint.of(
             model,
@@ -193,11 +197,6 @@ class SlideEngine:
         state.param.data = state.weight
         state.version = state.param._version
         if self._accumulates and state.spec.trainable and state.spec.dtype != torch.float32:
-            if not hasattr(state.param, "grad_dtype"):
-                raise UnsupportedModelError(
-                    f"gradient accumulation in fp32 with {state.spec.dtype} weights needs torch >= 2.10, this is "
-                    f"{torch.__version__}; upgrade torch, or use gradient_accumulation_steps=1"
-                )
             # Autograd sums resident gradients in place, so an fp32 sum needs fp32 from the first micro-batch on.
             state.param.grad_dtype = torch.float32
         self.states.append(state)
@@ -214,15 +213,7 @@ class SlideEngine:
             return
         if self._optimizer is not None:
             raise StateError("this model already has an optimizer; make a new trainer for another one")
-        for index, group in enumerate(optimizer.param_groups):
-            for param in group["params"]:
-                state = self._state_of.get(id(param))
-                if state is None:
-                    raise UnsupportedModelError(
-                        f"parameter group {index} holds a parameter of shape {tuple(param.shape)} that is not in the "
-                        "prepared model; make the optimizer from the same model object"
-                    )
-                self._group_of[state.order] = index
+        self._group_of = self._find_groups(optimizer)
         for unit in self.executor.units:
             unit.memory.allocate_moments()
             if not self.overlapped:
@@ -238,6 +229,24 @@ class SlideEngine:
         optimizer.bind(self)
         self.plan = self._blueprint.plan(training=True)
         self.gradients = self._make_gradients()
+
+    def _find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
+        groups = {}
+        for index, group in enumerate(optimizer.param_groups):
+            for param in group["params"]:
+                state = self._state_of.get(id(param))
+                if state is None:
+                    raise UnsupportedModelError(
+                        f"parameter group {index} holds a parameter of shape {tuple(param.shape)} that is not in the "
+                        "prepared model; make the optimizer from the same model object"
+                    )
+                groups[state.order] = index
+        return groups
+
+    def groups_changed(self) -> None:
+        """See `OptimizerBackend`."""
+        assert self._optimizer is not None
+        self._group_of = self._find_groups(self._optimizer)
 
     def _make_gradients(self) -> Gradients:
         largest = max((layout.grad_bytes for layout in self._blueprint.layouts), default=0)
@@ -255,10 +264,32 @@ class SlideEngine:
             overlapped=self.overlapped,
             staging=staging,
             overlapped_update=self._overlapped_update,
+            take_scale=self._take_scale,
+            place=self._place_in_forward,
             on_finish=self.executor.tape.restart,
         )
 
     # -- sink of the executor ----------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """See `GradientSink`."""
+        for state in self.states:
+            if state.unit is None:
+                check_unchanged(state)
+                self._check_used_once(state)
+                if state.param.grad is not None and (scale := self._take_scale(state)) != 1.0:
+                    # Autograd is about to add to this gradient, so its clip coefficient is due now.
+                    with torch.no_grad():
+                        state.param.grad.mul_(scale)
+        self._used.clear()
+
+    def _check_used_once(self, state: ParamState) -> None:
+        used = self._used.get(state.order)
+        if used is not None and state.param.grad is used[0] and used[0]._version == used[1]:
+            raise StateError(
+                f"the gradient of {state.name} that the last step used is still there, and the next backward would "
+                "add to it; call optimizer.zero_grad() after step(): streamed gradients are not kept over a step"
+            )
 
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
@@ -267,8 +298,6 @@ class SlideEngine:
                 "backward on a model that was prepared without an optimizer; prepare both together "
                 "(model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
             )
-        if self._grad_scale != 1.0:
-            self._apply_grad_scale()
         self.gradients.begin_unit(unit)
 
     def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
@@ -309,7 +338,7 @@ class SlideEngine:
         given = {id(param) for param in params}
         pending = [state for state in self.states if self.gradients.landed(state)]
         if norm_type != 2.0 or any(id(state.param) not in given for state in pending):
-            self._apply_grad_scale()
+            self._apply_clipping()
             return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
         squares = [self.gradients.squared_norm(state) for state in pending]
         if self.overlapped:
@@ -317,19 +346,44 @@ class SlideEngine:
             for square in squares:
                 total = total + square
             return total.sqrt().to(torch.float32)
-        norm = math.sqrt(sum(_to_host(squares))) * self._grad_scale
+        scales = [self._scale_of(state) for state in pending]
+        norm = math.sqrt(sum(sq * scale * scale for sq, scale in zip(_to_host(squares), scales, strict=True)))
         # The same arithmetic as torch's, infinities and NaN included.
         coefficient = float("nan") if math.isinf(norm) and math.isinf(max_norm) else max_norm / (norm + 1e-6)
-        self._grad_scale *= coefficient if not coefficient > 1.0 else 1.0
+        if not coefficient >= 1.0:
+            for state, scale in zip(pending, scales, strict=True):
+                grad = state.param.grad
+                assert grad is not None
+                self._clipped[state.order] = (grad, grad._version, _round_to_fp32(scale * coefficient))
         return torch.tensor(norm, dtype=torch.float32)
 
-    def _apply_grad_scale(self) -> None:
-        """Apply a pending clip coefficient to the gradients themselves, before more are added to them."""
-        if self._grad_scale != 1.0:
+    def _scale_of(self, state: ParamState) -> float:
+        """The clip coefficient that a parameter's pending gradient still has to be multiplied by.
+
+        Raises:
+            StateError: the gradient was edited after it was clipped.
+        """
+        grad, version, scale = self._clipped.get(state.order, (None, 0, 1.0))
+        if grad is None or grad is not state.param.grad:
+            return 1.0
+        if grad._version != version:
+            raise StateError(
+                f"the gradient of {state.name} was edited after clip_grad_norm_, which multiplies gradients by its "
+                "coefficient only inside the update; edit gradients before clipping"
+            )
+        return scale
+
+    def _take_scale(self, state: ParamState) -> float:
+        scale = self._scale_of(state)
+        self._clipped.pop(state.order, None)
+        return scale
+
+    def _apply_clipping(self) -> None:
+        """Multiply pending gradients by their clip coefficients now."""
+        with torch.no_grad():
             for state in self.states:
-                if state.param.grad is not None:
-                    state.param.grad.mul_(self._grad_scale)
-            self._grad_scale = 1.0
+                if state.param.grad is not None and (scale := self._take_scale(state)) != 1.0:
+                    state.param.grad.mul_(scale)
 
     # -- optimizer backend -------------------------------------------------------------------------------------
 
@@ -349,8 +403,7 @@ class SlideEngine:
         """
         self.check()
         assert self.gradients is not None and self._optimizer is not None
-        scale = _round_to_fp32(self._grad_scale)
-        self._step_residents(scale)
+        self._step_residents()
         if self.overlapped:
             for order, used in self._overlapped_hyperparams.items():
                 if used != Hyperparams.of_group(self._optimizer.param_groups[self._group_of[order]]):
@@ -360,11 +413,9 @@ class SlideEngine:
                     )
             self._overlapped_hyperparams.clear()
         else:
-            expected = self.executor.tape.expected
-            place = {index: position for position, index in enumerate(expected)}
-            for unit in sorted(self.executor.units, key=lambda u: place.get(u.index, len(place))):
-                self._enqueue_update(unit, scale, place.get(unit.index, len(place)))
-        self._grad_scale = 1.0
+            for unit in sorted(self.executor.units, key=self._place_in_forward):
+                self._enqueue_update(unit)
+        self._clipped.clear()
         self.gradients.forget_norms()
         for unit in self.executor.units:
             unit.forwards_since_step = 0
@@ -374,7 +425,12 @@ class SlideEngine:
         if self._steps >= self.config.trace_steps:
             self.metrics.tracing = False
 
-    def _step_residents(self, scale: float) -> None:
+    def _place_in_forward(self, unit: Unit) -> int:
+        tape = self.executor.tape
+        order = tape.recorded or tape.expected
+        return order.index(unit.index) if unit.index in order else len(order)
+
+    def _step_residents(self) -> None:
         threads = self._threads if self.device.type == "cpu" else None
         for state in self.states:
             grad = state.param.grad
@@ -389,19 +445,20 @@ class SlideEngine:
                     state.exp_avg,
                     state.exp_avg_sq,
                     self._hyperparams(state).scalars(state.step),
-                    scale,
+                    self._scale_of(state),
                     threads,
                 )
+                self._used[state.order] = (grad, grad._version)
 
-    def _enqueue_update(self, unit: Unit, scale: float, priority: int) -> None:
+    def _enqueue_update(self, unit: Unit) -> None:
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
         grads = {s.order: s.param.grad for s in unit.states if s.param.grad is not None}
         states = [state for state in unit.states if state.order in grads and state.order in self._group_of]
+        runs = self._runs(states)
         for state in unit.states:
             state.param.grad = None
         if not states:
             return
-        runs = self._runs(states)
         buffer, fp32 = unit.memory.grads, unit.memory.grads_fp32
         assert buffer is not None
         with torch.no_grad():
@@ -413,11 +470,11 @@ class SlideEngine:
                     place.copy_(grads[state.order])
 
         def update() -> None:
-            update_unit(unit.memory, buffer, fp32, runs, scale, self._threads)
+            update_unit(unit.memory, buffer, fp32, runs, self._threads)
 
         self.metrics.add("updated_params", sum(state.spec.numel for state in states))
         unit.pending_update = self._worker.submit(
-            f"update of {unit.name}", self._guarded(update), priority=priority
+            f"update of {unit.name}", self._guarded(update), priority=self._place_in_forward(unit)
         )
 
     def _overlapped_update(self, unit: Unit, states: list[ParamState]) -> Callable[[HostBuffer], None]:
@@ -427,7 +484,7 @@ class SlideEngine:
         runs = self._runs(states)
 
         def update(buffer: HostBuffer) -> None:
-            self._guarded(lambda: update_unit(unit.memory, buffer, False, runs, 1.0, self._threads))()
+            self._guarded(lambda: update_unit(unit.memory, buffer, False, runs, self._threads))()
 
         self.metrics.add("updated_params", sum(state.spec.numel for state in states))
         return update
@@ -436,7 +493,7 @@ class SlideEngine:
         for state in states:
             state.check_outside_write()
             state.step += 1
-        return plan_runs(states, self._hyperparams)
+        return plan_runs(states, self._hyperparams, self._scale_of)
 
     def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
@@ -477,13 +534,20 @@ class SlideEngine:
                 unit.pending_update.wait_host()
                 unit.pending_update = None
 
-    def weights_changed(self) -> None:
+    def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Tell the engine that weights were written in a way it cannot see (through `p.data`).
 
-        Copies on the device are dropped. Writes through `p.copy_()` or `load_state_dict` are noticed anyway.
+        Copies on the device are dropped and the parameters' master residuals cleared. Writes through `p.copy_()`
+        or `load_state_dict` are noticed anyway.
+
+        Args:
+            parameters: those that were written; None stands for all, which rounds every master to its weight.
         """
         self.synchronize()
         self.pool.invalidate()
+        for state in self.states if parameters is None else [self._state_of[id(p)] for p in parameters]:
+            if state.residual is not None:
+                state.residual.zero_()
 
     def reset(self) -> None:
         """Make the engine usable after an exception between forward and backward, or inside either.
@@ -498,7 +562,8 @@ class SlideEngine:
         self.synchronize()
         for state in self.states:
             state.param.grad = None
-        self._grad_scale = 1.0
+        self._clipped.clear()
+        self._used.clear()
         self.executor.tape.recorded.clear()
         for unit in self.executor.units:
             unit.forwards_since_step = 0
@@ -507,24 +572,31 @@ class SlideEngine:
             self._broken = StateError("backward was interrupted after overlapped updates of some units")
             self.check()
 
-    def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
-        """Called before `load_state_dict` of the model or a part of it."""
+    def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Called before `load_state_dict` of the model or a part of it, and again for each part inside."""
+        if self._load_root is not None:
+            return
         self.synchronize()
-        if module is self._model() and not prefix:
-            self._loading = {
-                state.order: state_dict[state.name]
-                for state in self.states
-                if state.residual is not None
-                and getattr(state_dict.get(state.name), "dtype", None) == torch.float32
-            }
+        self._load_root = module
+        for key, param in module.named_parameters():
+            state, value = self._state_of.get(id(param)), state_dict.get(key)
+            if (
+                state is not None
+                and state.residual is not None
+                and getattr(value, "dtype", None) == torch.float32
+            ):
+                self._loading[state.order] = value
 
-    def load_ends(self) -> None:
-        """Called after `load_state_dict`: residuals follow the weights, fp32 values exactly."""
+    def load_ends(self, module: nn.Module) -> None:
+        """Called after `load_state_dict`: residuals follow the weights, fp32 ones exactly."""
+        if module is not self._load_root:
+            return  # a part of a load that is still going on
         for state in self.states:
             if state.order in self._loading:
                 state.write_master(self._loading[state.order])
             state.check_outside_write()
         self._loading = {}
+        self._load_root = None
         self.pool.invalidate()
 
     def state_dict_as_loaded(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
@@ -543,6 +615,10 @@ class SlideEngine:
             if state is not None and state.spec.source_dtype != value.dtype:
                 result[name] = joined.setdefault(state.order, state.read_master())
         return result
+
+    def owns(self, param: torch.Tensor) -> bool:
+        """Whether `param` is a parameter of this engine's model."""
+        return id(param) in self._state_of
 
     @property
     def host_state_bytes(self) -> int:
@@ -591,7 +667,16 @@ class _ModelHook:
             self._run(engine, *args)
 
     def __deepcopy__(self, memo: dict) -> _ModelHook:
+        # A module's hooks are copied before its submodules, so their weights are up to date when they are copied.
+        engine = self._engine() if self._engine is not None else None
+        if engine is not None:
+            engine.synchronize()
         return _ModelHook(None, self._run)
+
+    def __reduce__(self):
+        if self._engine is not None:
+            raise_not_picklable()
+        return _ModelHook, (None, self._run)
 
 
 def _before_read(engine: SlideEngine, *_: object) -> None:
@@ -604,17 +689,15 @@ def _before_load(
     engine.load_begins(module, state_dict, prefix)
 
 
-def _after_load(engine: SlideEngine, *_: object) -> None:
-    engine.load_ends()
+def _after_load(engine: SlideEngine, module: nn.Module, *_: object) -> None:
+    engine.load_ends(module)
 
 
 def _install_hooks(model: nn.Module, engine: SlideEngine) -> None:
-    inside = {id(module) for unit in engine.executor.units for module in unit.found.module.modules()}
     for module in model.modules():
-        if id(module) not in inside and next(module.children(), None) is not None:
-            module.register_state_dict_pre_hook(_ModelHook(engine, _before_read))
-            module.register_load_state_dict_pre_hook(_ModelHook(engine, _before_load))
-            module.register_load_state_dict_post_hook(_ModelHook(engine, _after_load))
+        module.register_state_dict_pre_hook(_ModelHook(engine, _before_read))
+        module.register_load_state_dict_pre_hook(_ModelHook(engine, _before_load))
+        module.register_load_state_dict_post_hook(_ModelHook(engine, _after_load))
 
 
 def engine_of(model: nn.Module) -> SlideEngine | None:

@@ -19,7 +19,7 @@ import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -32,7 +32,7 @@ from ..memory.transfer import Handle
 from ..optim.state import ParamState
 from .recompute import SavedActivations
 from .schedule import Tape, after_backward, after_forward
-from .units import Owner, UnitModule
+from .units import Owner, UnitModule, check_no_hooks
 
 try:
     from transformers.utils.output_capturing import _active_collector as _output_collector
@@ -83,6 +83,9 @@ class Unit:
 
 class GradientSink(Protocol):
     """Takes a unit's gradients as soon as its backward has been issued."""
+
+    def begin_forward(self) -> None:
+        """Called before the first unit runs forward since the last backward or step, with autograd on."""
 
     def begin_unit(self, unit: Unit) -> None:
         """Called before a unit's backward is recomputed."""
@@ -149,6 +152,8 @@ class Executor:
         if not unit.trainable and not any(tensor.requires_grad for tensor in tensors):
             with torch.no_grad():  # nothing to differentiate here, so nothing to recompute later
                 return self._run_plain(unit, following, args, kwargs)
+        if not self.tape.recorded:
+            self.sink.begin_forward()
         call = UnitCall(self, unit, leaves, spec)
         call.position = self.tape.record(unit.index)
         unit.forwards_since_step += 1
@@ -381,17 +386,15 @@ def bound(unit: Unit, lease: Lease) -> Iterator[None]:
 
     The parameters themselves (host tensors that the optimizer and the user hold) are never touched.
     """
-    for state in unit.states:
-        if state.param.requires_grad != state.spec.trainable:
-            raise StateError(
-                f"requires_grad of {state.name} changed to {state.param.requires_grad} after the model was prepared; "
-                "freeze or unfreeze parameters before, and make a new trainer for another choice"
-            )
-        if state.param.data_ptr() != state.weight.data_ptr():
-            raise StateError(
-                f"the memory of {state.name} was replaced (model.to(...) or `p.data = ...`) after the model was "
-                "prepared; copy into it instead: `p.data.copy_(values)`"
-            )
+    for owners, state in zip(unit.owners, unit.states, strict=True):
+        check_unchanged(state)
+        for owner in owners:
+            if owner.module._parameters.get(owner.key) is not state.param:
+                raise StateError(
+                    f"{state.name} was replaced by another parameter after the model was prepared; copy into the "
+                    "one that is there: `with torch.no_grad(): p.copy_(values)`"
+                )
+        check_no_hooks(state.name, state.param)
     try:
         for owners, leaf in zip(unit.owners, lease.leaves, strict=True):
             for owner in owners:
@@ -401,6 +404,20 @@ def bound(unit: Unit, lease: Lease) -> Iterator[None]:
         for owners, state in zip(unit.owners, unit.states, strict=True):
             for owner in owners:
                 owner.module._parameters[owner.key] = state.param
+
+
+def check_unchanged(state: ParamState) -> None:
+    """Raise `StateError` if a parameter was unfrozen, frozen or given other memory after preparation."""
+    if state.param.requires_grad != state.spec.trainable:
+        raise StateError(
+            f"requires_grad of {state.name} changed to {state.param.requires_grad} after the model was prepared; "
+            "freeze or unfreeze parameters before, and make a new trainer for another choice"
+        )
+    if state.param.data_ptr() != state.weight.data_ptr():
+        raise StateError(
+            f"the memory of {state.name} was replaced (model.to(...) or `p.data = ...`) after the model was "
+            "prepared; copy into it instead: `with torch.no_grad(): p.copy_(values)`"
+        )
 
 
 class UnitForward:
@@ -423,6 +440,11 @@ class UnitForward:
         return copy.deepcopy(original, memo)
 
     def __reduce__(self):
-        raise UnsupportedModelError(
-            "a streamed model cannot be pickled; save it with save_pretrained or save its state_dict()"
-        )
+        raise_not_picklable()
+
+
+def raise_not_picklable() -> NoReturn:
+    """Refuse to pickle what belongs to a running engine."""
+    raise UnsupportedModelError(
+        "a streamed model cannot be pickled; save it with save_pretrained or save its state_dict()"
+    )

@@ -80,8 +80,11 @@ class Gradients:
         fp32_sums: host gradients are fp32 from the first micro-batch on.
         overlapped: start the update as soon as gradients land.
         staging: staging buffers, sized for the largest unit.
-        update: called under `overlapped` with (unit, present states, buffer, give_back) on the worker's thread;
-            returns nothing, raises on failure.
+        overlapped_update: called under `overlapped` with a unit and the parameters that have gradients; returns
+            what updates them from a gradient buffer, to be run by the worker.
+        take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
+            more is added to it.
+        place: a unit's place in the forward order.
         on_finish: called when a backward is complete.
     """
 
@@ -97,6 +100,8 @@ class Gradients:
         overlapped: bool,
         staging: StagingBuffers,
         overlapped_update: Callable[[Unit, list[ParamState]], Callable[[HostBuffer], None]],
+        take_scale: Callable[[ParamState], float],
+        place: Callable[[Unit], int],
         on_finish: Callable[[], None],
     ) -> None:
         self._device = device
@@ -108,11 +113,14 @@ class Gradients:
         self._overlapped = overlapped
         self._staging = staging
         self._overlapped_update = overlapped_update
+        self._take_scale = take_scale
+        self._place = place
         self._on_finish = on_finish
         self._task: int | None = None
         self._landing: dict[int, tuple[Unit, list[ParamState], list[Handle]]] = {}
         self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
-        self._squares: dict[int, tuple[torch.Tensor | float, int]] = {}
+        # Sum of squares of a gradient as it landed, with the memory and version of `p.grad` that it belongs to.
+        self._squares: dict[int, tuple[torch.Tensor | float, tuple[int, int] | None]] = {}
 
     # -- during backward -------------------------------------------------------------------------------------
 
@@ -161,7 +169,7 @@ class Gradients:
     def _push_own(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
         unit.memory.allocate_gradients(fp32=False)
         for state, grad in zip(states, tensors, strict=True):
-            self._squares[state.order] = (sum_of_squares(grad), 0)
+            self._squares[state.order] = (sum_of_squares(grad), None)
         targets = [unit.memory.gradient(state.segment) for state in states]
         handle = self._copy(unit, targets, tensors)
         self._landing[unit.index] = (unit, states, [handle])
@@ -175,26 +183,36 @@ class Gradients:
             self._promote(unit)
         staged: list[HostBuffer] = []
         handle = self._copy_staged(unit, staged, states, tensors)
-        known = {state.order for state in states if state.param.grad is not None}
+        earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
+        scales = {state.order: self._take_scale(state) for state in states}
 
         def add() -> None:
             with self._staging.returned(staged) as buffer:
                 for state in states:
                     source = grad_view(buffer, state.segment, fp32=False)
                     target = unit.memory.gradient(state.segment)
-                    if state.order in known:
-                        accumulate_(target, source)
-                    else:
+                    grad = earlier_grads.get(state.order)
+                    if grad is None:
                         target.copy_(source)
-                    self._squares[state.order] = (sum_of_squares(target), 0)
+                    else:
+                        if (
+                            grad.data_ptr() != target.data_ptr()
+                        ):  # someone set p.grad to a tensor of their own
+                            target.copy_(grad)
+                        if scales[state.order] != 1.0:
+                            target.mul_(scales[state.order])
+                        accumulate_(target, source)
+                    self._squares[state.order] = (sum_of_squares(target), None)
 
         done = self._worker.submit(f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=handle)
+        for state in states:
+            state.param.grad = None  # part of the sum now; comes back with it
         self._landing[unit.index] = (unit, states, [handle, done])
         return handle
 
     def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
         for state, grad in zip(states, tensors, strict=True):
-            self._squares[state.order] = (sum_of_squares(grad), 0)
+            self._squares[state.order] = (sum_of_squares(grad), None)
         staged: list[HostBuffer] = []
         handle = self._copy_staged(unit, staged, states, tensors)
         apply = self._overlapped_update(unit, states)
@@ -205,7 +223,7 @@ class Gradients:
 
         self._pool.invalidate_unit(unit.index)
         unit.pending_update = self._worker.submit(
-            f"update of {unit.name}", update, priority=unit.index, after=handle
+            f"update of {unit.name}", update, priority=self._place(unit), after=handle
         )
         return handle
 
@@ -228,7 +246,9 @@ class Gradients:
                 for state, grad in zip(states, tensors, strict=True):
                     grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
             except BaseException:
-                with self._staging.returned(staged):  # nobody else will: who waits for this copy fails with it
+                with self._staging.returned(
+                    staged
+                ):  # nobody else will: who waits for this copy fails with it
                     raise
 
         return self._lane.submit(
@@ -246,7 +266,6 @@ class Gradients:
         for state, grad in pending:
             target = unit.memory.gradient(state.segment)
             target.copy_(grad)
-            state.param.grad = None
             set_gradient(state, target)
 
     # -- end of backward -------------------------------------------------------------------------------------
@@ -266,12 +285,15 @@ class Gradients:
     def _assign(self, unit: Unit, states: list[ParamState], handles: list[Handle]) -> None:
         for handle in handles:
             handle.wait_host()
-        for state in states:
-            grad = state.param.grad
-            if grad is None:
-                grad = unit.memory.gradient(state.segment)
-                set_gradient(state, grad)
-            self._squares[state.order] = (self._squares[state.order][0], grad._version)
+        with torch.no_grad():
+            for state in states:
+                place, other = unit.memory.gradient(state.segment), state.param.grad
+                if other is not None:  # reached the parameter past the unit in the same backward
+                    place.add_(other)
+                    self._squares.pop(state.order, None)
+                set_gradient(state, place)
+                if other is None:
+                    self._squares[state.order] = (self._squares[state.order][0], _identity(place))
 
     def abandon(self) -> None:
         """Forget gradients of a backward that did not finish, once nothing is writing them."""
@@ -294,7 +316,7 @@ class Gradients:
         """
         grad = state.param.grad
         known = self._squares.get(state.order)
-        if known is not None and (grad is None or (state.unit is not None and known[1] == grad._version)):
+        if known is not None and (grad is None or known[1] == _identity(grad)):
             return known[0]
         assert grad is not None
         return sum_of_squares(grad.detach().contiguous())
@@ -310,9 +332,19 @@ class Gradients:
 
 def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
     """Set `p.grad`, of another dtype than the parameter where it is an fp32 sum."""
-    if grad.dtype != state.param.dtype and state.param.grad_dtype is not None:
-        state.param.grad_dtype = None
+    if grad.dtype != state.param.dtype:
+        if not hasattr(state.param, "grad_dtype"):
+            raise StateError(
+                f"a second gradient for {state.name} needs an fp32 sum, for which bf16 weights need torch >= 2.10; "
+                "upgrade torch, or make one backward per step"
+            )
+        state.param.grad = None
+        state.param.grad_dtype = grad.dtype
     state.param.grad = grad
+
+
+def _identity(grad: torch.Tensor) -> tuple[int, int]:
+    return grad.data_ptr(), grad._version
 
 
 def _settle(handle: Handle) -> None:

@@ -119,6 +119,15 @@ def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) 
     return ParamSpec(name, tuple(param.shape), param.dtype, param.dtype, False, False)
 
 
+def check_no_hooks(name: str, param: nn.Parameter) -> None:
+    """Raise `UnsupportedModelError` for hooks on a streamed parameter: its gradient never passes through them."""
+    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+        raise UnsupportedModelError(
+            f"{name} has a gradient hook, which would not run: a streamed parameter's gradient is complete when "
+            "backward returns; read or edit p.grad after backward() instead"
+        )
+
+
 def _kept_in_fp32(model: nn.Module, name: str) -> bool:
     patterns: set[str] = set()
     for module in model.modules():

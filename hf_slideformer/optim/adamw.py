@@ -31,6 +31,9 @@ class OptimizerBackend(Protocol):
     def state_loaded(self) -> None:
         """Called after optimizer state was replaced."""
 
+    def groups_changed(self) -> None:
+        """Called after a parameter group was added."""
+
 
 class SlideAdamW(torch.optim.Optimizer):
     """AdamW whose weights, masters and moments may live anywhere.
@@ -107,6 +110,16 @@ class SlideAdamW(torch.optim.Optimizer):
             raise UnsupportedModelError(
                 "the optimizer has already made steps; prepare it before the first one, then load its state_dict"
             )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim`; after preparation the parameters must be trainable ones of the prepared model."""
+        super().add_param_group(param_group)
+        if getattr(self, "_backend", None) is not None:
+            try:
+                self._bound().groups_changed()
+            except Exception:
+                self.param_groups.pop()
+                raise
 
     def bind(self, backend: OptimizerBackend) -> None:
         """Connect to the engine that owns the parameters' state."""

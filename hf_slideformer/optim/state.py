@@ -10,7 +10,7 @@ from slideformer_kernels import adamw_fp32_, adamw_split_, join_master, split_ma
 from slideformer_kernels.scalars import AdamWScalars, adamw_scalars
 
 from ..memory.layout import ALIGN_ELEMENTS, ParamSpec, Segment
-from ..memory.manager import UnitMemory, grad_view
+from ..memory.manager import UnitMemory
 from ..memory.pinned import HostBuffer
 
 
@@ -126,17 +126,28 @@ def apply_update(
             adamw_split_(weight, residual, grad, exp_avg, exp_avg_sq, scalars, grad_scale, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class UpdateRun:
+    """Neighbouring parameters of a unit that one kernel call updates, with that call's numbers."""
+
+    members: list[ParamState]
+    scalars: AdamWScalars
+    grad_scale: float
+
+
 def plan_runs(
-    states: Sequence[ParamState], hyperparams: Callable[[ParamState], Hyperparams]
-) -> list[tuple[list[ParamState], AdamWScalars]]:
+    states: Sequence[ParamState],
+    hyperparams: Callable[[ParamState], Hyperparams],
+    grad_scale: Callable[[ParamState], float],
+) -> list[UpdateRun]:
     """Group neighbouring parameters of a unit that one kernel call can update.
 
     Neighbours join where they are adjacent in the unit's buffers (up to alignment padding, which holds zeros and
-    stays zero), are stored alike, and share hyperparameters and step number.
+    stays zero), are stored alike, and share hyperparameters, step number and clip coefficient.
     """
     runs: list[tuple[list[ParamState], tuple]] = []
     for state in sorted(states, key=lambda s: s.segment.state_offset):
-        key = (state.spec.split, state.spec.dtype, hyperparams(state), state.step)
+        key = (state.spec.split, state.spec.dtype, hyperparams(state), state.step, grad_scale(state))
         if runs and runs[-1][1] == key:
             last = runs[-1][0][-1].segment
             end = last.state_offset + last.spec.numel
@@ -144,20 +155,19 @@ def plan_runs(
                 runs[-1][0].append(state)
                 continue
         runs.append(([state], key))
-    return [(members, key[2].scalars(key[3])) for members, key in runs]
+    return [UpdateRun(members, key[2].scalars(key[3]), key[4]) for members, key in runs]
 
 
 def update_unit(
     memory: UnitMemory,
     grads: HostBuffer,
     grads_fp32: bool,
-    runs: Sequence[tuple[list[ParamState], AdamWScalars]],
-    grad_scale: float,
+    runs: Sequence[UpdateRun],
     threads: int,
 ) -> None:
     """Update the parameters in `runs`, all of one unit, from a gradient buffer; runs on the update worker."""
-    for members, scalars in runs:
-        first, last = members[0].segment, members[-1].segment
+    for run in runs:
+        first, last = run.members[0].segment, run.members[-1].segment
         numel = last.state_offset + last.spec.numel - first.state_offset
         spec = first.spec
         residual = None
@@ -175,10 +185,10 @@ def update_unit(
             grad,
             memory.exp_avg.tensor(torch.float32, first.state_offset * 4, numel),
             memory.exp_avg_sq.tensor(torch.float32, first.state_offset * 4, numel),
-            scalars,
-            grad_scale,
+            run.scalars,
+            run.grad_scale,
             threads,
         )
 
 
-__all__ = ["Hyperparams", "ParamState", "apply_update", "grad_view", "plan_runs", "update_unit"]
+__all__ = ["Hyperparams", "ParamState", "UpdateRun", "apply_update", "plan_runs", "update_unit"]

@@ -168,8 +168,12 @@ def check_budgets(plan: Plan, budgets: Budgets) -> None:
     if not on_gpu:  # RAM stands in for the GPU, so both tiers come out of the RAM there is
         needs["RAM"] += needs["GPU"]
     for tier, budget, remedy in (
-        ("GPU", budgets.gpu, "Raise gpu_memory, or use a model with smaller layers or a smaller vocabulary."),
-        ("RAM", budgets.ram, "Raise cpu_memory, freeze some layers, or use a smaller model."),
+        (
+            "GPU",
+            budgets.gpu,
+            "Raise gpu_memory or free some, or use a model with smaller layers or a smaller vocabulary.",
+        ),
+        ("RAM", budgets.ram, "Raise cpu_memory or free some, freeze some layers, or use a smaller model."),
     ):
         if needs[tier] > budget:
             parts = ", ".join(
