@@ -152,8 +152,8 @@ def test_fp16_weights(tmp_path):
 
 
 BUDGETS = {
-    "cpu_memory": ("1MiB", "RAM", "1.00 MiB may be used", "Raise cpu_memory"),
-    "gpu_memory": ("1KiB", "GPU", "0.00 MiB may be used", "Raise gpu_memory"),
+    "cpu_memory": ("1MiB", "RAM", "1.00 MiB may be used", "cpu_memory"),
+    "gpu_memory": ("1KiB", "GPU", "0.00 MiB may be used", "gpu_memory"),
 }
 
 
