@@ -47,9 +47,6 @@ class SlideAccelerator(Accelerator):
         # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
         self._slide_bf16 = self.mixed_precision == "bf16"
 
-    def _engine(self, model: torch.nn.Module) -> SlideEngine | None:
-        return engine_of(model)
-
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """As in Accelerate. Model and optimizer given together are connected; the model is streamed."""
         result = list(args)
@@ -62,7 +59,7 @@ class SlideAccelerator(Accelerator):
             obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)
         ]
         for model in models:
-            engine = self._engine(model)
+            engine = engine_of(model)
             if engine is not None and len(models) == 1:
                 for optimizer in optimizers:
                     engine.attach_optimizer(optimizer.optimizer)
@@ -72,20 +69,22 @@ class SlideAccelerator(Accelerator):
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
         """Stream `model`; a model that is streamed already is returned as it is."""
-        if self._engine(model) is not None:
+        if self._slide_bf16 is None:
+            self.configure_slide(SlideConfig(), accumulates=False, overlap_is_exact=False)
+        settings: dict[str, Any] = {
+            "bf16": bool(self._slide_bf16),
+            "config": self._slide_config or SlideConfig(),
+            "accumulates": self._slide_accumulates or self.gradient_accumulation_steps > 1,
+            "overlap_is_exact": self._slide_overlap_is_exact,
+        }
+        engine = engine_of(model)
+        if engine is not None:
+            if not evaluation_mode:
+                engine.check_settings(**settings)
             if model not in self._models:
                 self._models.append(model)
             return model
-        if self._slide_bf16 is None:
-            self.configure_slide(SlideConfig(), accumulates=False, overlap_is_exact=False)
-        SlideEngine(
-            model,
-            device=self.device,
-            bf16=bool(self._slide_bf16),
-            config=self._slide_config or SlideConfig(),
-            accumulates=self._slide_accumulates or self.gradient_accumulation_steps > 1,
-            overlap_is_exact=self._slide_overlap_is_exact,
-        )
+        SlideEngine(model, device=self.device, for_training=not evaluation_mode, **settings)
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
@@ -99,21 +98,21 @@ class SlideAccelerator(Accelerator):
         """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for model in self._models:
-            engine = self._engine(model)
+            engine = engine_of(model)
             if engine is not None and any(engine.owns(param) for param in parameters):
                 return engine.clip_grad_norm_(parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
 
     def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """The model itself, with every pending update done."""
-        engine = self._engine(model)
+        engine = engine_of(model)
         if engine is not None:
             engine.synchronize()
         return super().unwrap_model(model, *args, **kwargs)
 
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
         """The state dict in the dtypes the weights came in."""
-        engine = self._engine(model)
+        engine = engine_of(model)
         state = engine.state_dict_as_loaded(model) if engine is not None else None
         return super().get_state_dict(model, unwrap=unwrap) if state is None else state
 

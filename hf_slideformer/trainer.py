@@ -96,9 +96,9 @@ class SlideTrainerMixin(_Trainer):
         self.slide = SlideStatus(self)
         self._check_model(self.model)
         self._check_optimizer()
-        check_budgets(
-            self._blueprint().plan(training=True), find_budgets(self._slide_config, self.args.device)
-        )
+        if self.slide.engine is None:  # a model that streams already has its place
+            budgets = find_budgets(self._slide_config, self.args.device)
+            check_budgets(self._blueprint().plan(training=True), budgets)
         self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
 
     # -- construction ----------------------------------------------------------------------------------------

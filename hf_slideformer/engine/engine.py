@@ -14,8 +14,10 @@ gradients have landed.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping
 
@@ -37,7 +39,7 @@ from ..optim.worker import UpdateWorker
 from ..planner.plan import check_budgets
 from .blueprint import Blueprint, find_budgets
 from .executor import Executor, Unit, UnitForward, check_unchanged, raise_not_picklable
-from .gradients import Gradients, StagingBuffers
+from .gradients import Gradients, StagingBuffers, settle
 
 
 class SlideEngine:
@@ -52,6 +54,7 @@ class SlideEngine:
         config: the user's settings.
         accumulates: several backwards make a step, so gradients are summed in fp32.
         overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
+        for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
         resident_units: indices of units that stay on `device` with all their state, run by the model's own code
             under ordinary autograd with their activations kept.
         delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
@@ -72,6 +75,7 @@ class SlideEngine:
         config: SlideConfig,
         accumulates: bool = False,
         overlap_is_exact: bool = False,
+        for_training: bool = True,
         resident_units: Collection[int] = (),
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
@@ -80,6 +84,7 @@ class SlideEngine:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.config = config
+        self._bf16 = bf16
         self.metrics = Metrics()
         self.metrics.tracing = config.trace_steps > 0
         self._broken: BaseException | None = None
@@ -87,9 +92,9 @@ class SlideEngine:
         self._threads = config.cpu_threads or default_update_threads(device)
         self._optimizer: SlideAdamW | None = None
         # Gradients that were clipped and not used yet: the gradient, its version then, and the coefficient.
-        self._clipped: dict[int, tuple[torch.Tensor, int, float]] = {}
+        self._clipped: dict[int, tuple[weakref.ref[torch.Tensor], int, float]] = {}
         # Resident gradients that the last step used, to notice a missing zero_grad.
-        self._used: dict[int, tuple[torch.Tensor, int]] = {}
+        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._steps = 0
         self._overlapped_hyperparams: dict[int, Hyperparams] = {}
         self._group_of: dict[int, int] = {}
@@ -107,11 +112,12 @@ class SlideEngine:
         )
         self.overlapped = blueprint.overlapped
         self.plan = blueprint.plan(training=False)
-        # Training is the reason to be here: refuse now what would not fit then.
+        gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
         self._budgets = find_budgets(config, device)
-        check_budgets(blueprint.plan(training=True), self._budgets)
+        check_budgets(blueprint.plan(training=for_training), self._budgets)
 
         self._pinned_bytes = 0
+        self._warned_of_pageable = False
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
         units = self._move(model, blueprint)
@@ -134,6 +140,14 @@ class SlideEngine:
         if self.device.type != "cuda":
             return False
         if self._budgets.pinned is not None and self._pinned_bytes + nbytes > self._budgets.pinned:
+            if not self._warned_of_pageable:
+                self._warned_of_pageable = True
+                warnings.warn(
+                    f"pinned_memory={self._budgets.pinned / 2**30:.2f} GiB is less than the engine wants to pin; the "
+                    "rest stays pageable, which makes its transfers synchronous and about half as fast",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             return False
         self._pinned_bytes += nbytes
         return True
@@ -145,6 +159,7 @@ class SlideEngine:
         with torch.no_grad():
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
                 memory = UnitMemory(layout, pin=self._pin(layout.weight_bytes + layout.grad_bytes))
+                own = {id(p) for p in unit.parameters.values()}
                 by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
                 states, owners = [], []
                 for segment in layout.segments:
@@ -170,6 +185,7 @@ class SlideEngine:
                         owners=owners,
                         host_weights=memory.weights.tensor(torch.uint8, 0, layout.weight_bytes),
                         original_forward=unit.module.forward,
+                        shared=[p for p in unit.module.parameters() if p.requires_grad and id(p) not in own],
                         argument_names=tuple(inspect.signature(unit.module.forward).parameters),
                         version=sum(state.param._version for state in states),
                     )
@@ -205,14 +221,16 @@ class SlideEngine:
     def attach_optimizer(self, optimizer: SlideAdamW) -> None:
         """Give the engine the optimizer of its parameters; allocates moments and gradient buffers.
 
+        A second optimizer (another trainer on the same model) starts with moments of zero, as it would in torch.
+
         Raises:
             UnsupportedModelError: a parameter that is not this model's.
-            StateError: another optimizer is attached already.
         """
         if self._optimizer is optimizer:
             return
         if self._optimizer is not None:
-            raise StateError("this model already has an optimizer; make a new trainer for another one")
+            self.synchronize()
+            self._forget_moments()
         self._group_of = self._find_groups(optimizer)
         for unit in self.executor.units:
             unit.memory.allocate_moments()
@@ -222,13 +240,20 @@ class SlideEngine:
                 if state.spec.trainable:
                     state.exp_avg, state.exp_avg_sq = unit.memory.moments(state.segment)
         for state in self.states:
-            if state.unit is None and state.spec.trainable:
+            if state.unit is None and state.spec.trainable and state.exp_avg is None:
                 state.exp_avg = torch.zeros(state.spec.shape, dtype=torch.float32, device=self.device)
                 state.exp_avg_sq = torch.zeros_like(state.exp_avg)
         self._optimizer = optimizer
         optimizer.bind(self)
         self.plan = self._blueprint.plan(training=True)
         self.gradients = self._make_gradients()
+
+    def _forget_moments(self) -> None:
+        for state in self.states:
+            state.step = 0
+            if state.exp_avg is not None and state.exp_avg_sq is not None:
+                state.exp_avg.zero_()
+                state.exp_avg_sq.zero_()
 
     def _find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
         groups = {}
@@ -285,10 +310,12 @@ class SlideEngine:
 
     def _check_used_once(self, state: ParamState) -> None:
         used = self._used.get(state.order)
-        if used is not None and state.param.grad is used[0] and used[0]._version == used[1]:
+        grad = state.param.grad
+        if used is not None and grad is not None and grad is used[0]() and grad._version == used[1]:
             raise StateError(
                 f"the gradient of {state.name} that the last step used is still there, and the next backward would "
-                "add to it; call optimizer.zero_grad() after step(): streamed gradients are not kept over a step"
+                "add to it, or the next step use it again; call optimizer.zero_grad() after step(): streamed gradients "
+                "are not kept over a step"
             )
 
     def begin_unit(self, unit: Unit) -> None:
@@ -354,7 +381,11 @@ class SlideEngine:
             for state, scale in zip(pending, scales, strict=True):
                 grad = state.param.grad
                 assert grad is not None
-                self._clipped[state.order] = (grad, grad._version, _round_to_fp32(scale * coefficient))
+                self._clipped[state.order] = (
+                    weakref.ref(grad),
+                    grad._version,
+                    _round_to_fp32(scale * coefficient),
+                )
         return torch.tensor(norm, dtype=torch.float32)
 
     def _scale_of(self, state: ParamState) -> float:
@@ -363,10 +394,13 @@ class SlideEngine:
         Raises:
             StateError: the gradient was edited after it was clipped.
         """
-        grad, version, scale = self._clipped.get(state.order, (None, 0, 1.0))
-        if grad is None or grad is not state.param.grad:
+        entry, grad = self._clipped.get(state.order), state.param.grad
+        if entry is None or grad is None or entry[0]() is not grad:
             return 1.0
+        _, version, scale = entry
         if grad._version != version:
+            if not grad.any():  # zero_grad(set_to_none=False): discarded, not edited
+                return 1.0
             raise StateError(
                 f"the gradient of {state.name} was edited after clip_grad_norm_, which multiplies gradients by its "
                 "coefficient only inside the update; edit gradients before clipping"
@@ -417,6 +451,7 @@ class SlideEngine:
                 self._enqueue_update(unit)
         self._clipped.clear()
         self.gradients.forget_norms()
+        self.executor.tape.restart()
         for unit in self.executor.units:
             unit.forwards_since_step = 0
         self.pool.invalidate()
@@ -435,6 +470,7 @@ class SlideEngine:
         for state in self.states:
             grad = state.param.grad
             if state.unit is None and grad is not None and state.order in self._group_of:
+                self._check_used_once(state)
                 state.check_outside_write()
                 state.step += 1
                 assert state.exp_avg is not None and state.exp_avg_sq is not None
@@ -448,7 +484,10 @@ class SlideEngine:
                     self._scale_of(state),
                     threads,
                 )
-                self._used[state.order] = (grad, grad._version)
+                # So that autograd's own check finds a graph that was built on the old weights.
+                torch.autograd.graph.increment_version(state.param)
+                state.version = state.param._version
+                self._used[state.order] = (weakref.ref(grad), grad._version)
 
     def _enqueue_update(self, unit: Unit) -> None:
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
@@ -559,7 +598,13 @@ class SlideEngine:
         """
         if self.gradients is not None:
             self.gradients.abandon()
-        self.synchronize()
+        for unit in self.executor.units:
+            if unit.pending_update is not None:
+                settle(unit.pending_update)
+                if self.overlapped and unit.pending_update.failed:
+                    # Its gradients never arrived, while other units were updated.
+                    self._broken = self._broken or StateError(f"{unit.name} missed an overlapped update")
+                unit.pending_update = None
         for state in self.states:
             state.param.grad = None
         self._clipped.clear()
@@ -570,7 +615,7 @@ class SlideEngine:
         if self._overlapped_hyperparams:
             self._overlapped_hyperparams.clear()
             self._broken = StateError("backward was interrupted after overlapped updates of some units")
-            self.check()
+        self.check()
 
     def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Called before `load_state_dict` of the model or a part of it, and again for each part inside."""
@@ -580,11 +625,9 @@ class SlideEngine:
         self._load_root = module
         for key, param in module.named_parameters():
             state, value = self._state_of.get(id(param)), state_dict.get(key)
-            if (
-                state is not None
-                and state.residual is not None
-                and getattr(value, "dtype", None) == torch.float32
-            ):
+            if state is None or state.residual is None or value is None:
+                continue
+            if value.dtype == torch.float32:
                 self._loading[state.order] = value
 
     def load_ends(self, module: nn.Module) -> None:
@@ -619,6 +662,25 @@ class SlideEngine:
     def owns(self, param: torch.Tensor) -> bool:
         """Whether `param` is a parameter of this engine's model."""
         return id(param) in self._state_of
+
+    def check_settings(
+        self, *, bf16: bool, config: SlideConfig, accumulates: bool, overlap_is_exact: bool
+    ) -> None:
+        """Raise `StateError` if the model was prepared with settings that are not these."""
+        overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
+        wanted = {"bf16": bf16, "accumulates": accumulates, "overlapped": overlapped, "config": config}
+        have = {
+            "bf16": self._bf16,
+            "accumulates": self._accumulates,
+            "overlapped": self.overlapped,
+            "config": self.config,
+        }
+        for name, value in wanted.items():
+            if have[name] != value:
+                raise StateError(
+                    f"this model was prepared with {name}={have[name]} and is now wanted with {value}; load the model "
+                    "anew for other settings (precision, clipping, accumulation, slide_config)"
+                )
 
     @property
     def host_state_bytes(self) -> int:
@@ -683,10 +745,8 @@ def _before_read(engine: SlideEngine, *_: object) -> None:
     engine.synchronize()
 
 
-def _before_load(
-    engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object
-) -> None:
-    engine.load_begins(module, state_dict, prefix)
+def _before_load(engine: SlideEngine, module: nn.Module, state_dict: Mapping, *_: object) -> None:
+    engine.load_begins(module, state_dict)
 
 
 def _after_load(engine: SlideEngine, module: nn.Module, *_: object) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import StateError, UnsupportedModelError
@@ -48,7 +49,10 @@ _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_pa
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """One streamed layer: the module, its host memory, and its parameters' states in layout order."""
+    """One streamed layer: the module, its host memory, and its parameters' states in layout order.
+
+    `shared` are trainable parameters that the layer uses but does not own (tied to another layer, so resident).
+    """
 
     index: int
     found: UnitModule
@@ -59,6 +63,7 @@ class Unit:
     host_weights: torch.Tensor
     original_forward: Callable[..., Any]
     argument_names: tuple[str, ...]
+    shared: list[nn.Parameter]
     pending_update: Handle | None = None
     forwards_since_step: int = 0
     version: int = 0
@@ -68,9 +73,13 @@ class Unit:
         """Qualified name of the layer in the model."""
         return self.found.name
 
+    def written(self) -> tuple[int, int]:
+        """Changes when a parameter is written from outside or updated."""
+        return sum(state.param._version for state in self.states), sum(state.step for state in self.states)
+
     def drop_stale_copy(self, pool: SlotPool) -> None:
         """Make the next use fetch anew if someone wrote to a parameter (`load_state_dict`, `p.copy_()`)."""
-        version = sum(state.param._version for state in self.states)
+        version, _ = self.written()
         if version != self.version:
             self.version = version
             pool.invalidate_unit(self.index)
@@ -149,21 +158,21 @@ class Executor:
         kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not unit.trainable and not any(tensor.requires_grad for tensor in tensors):
+        if not unit.trainable and not any(tensor.requires_grad for tensor in (*tensors, *unit.shared)):
             with torch.no_grad():  # nothing to differentiate here, so nothing to recompute later
                 return self._run_plain(unit, following, args, kwargs)
-        if not self.tape.recorded:
+        if not self.tape.recorded or unit.index == self.tape.expected[0]:
             self.sink.begin_forward()
         call = UnitCall(self, unit, leaves, spec)
         call.position = self.tape.record(unit.index)
         unit.forwards_since_step += 1
-        outputs = _StreamedUnit.apply(call, self.anchor, *tensors)
+        outputs = _StreamedUnit.apply(call, self.anchor, *tensors, *unit.shared)
         return call.rebuild(outputs)
 
     def _run_plain(self, unit: Unit, following: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
         lease = self.lease(unit, following)
         try:
-            with bound(unit, lease):
+            with bound(unit, lease), Ambient.current(self.device).autocast():
                 return unit.original_forward(*args, **kwargs)
         finally:
             lease.release()
@@ -171,39 +180,70 @@ class Executor:
     def run_forward(self, call: UnitCall, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Run a unit under autograd of its own and keep the graph in `call`; returns detached outputs."""
         unit = call.unit
-        call.inputs = [_as_leaf(tensor) for tensor in tensors]
+        call.inputs = [_as_leaf(tensor) for tensor in tensors[: len(tensors) - len(unit.shared)]]
+        call.written = unit.written()
+        buffers = {buffer: buffer._version for buffer in unit.found.module.buffers()}
         call.ambient = Ambient.current(self.device)
         before = _captured_lengths()
         lease = self.lease(unit, after_forward(self.tape.expected, unit.index, self.pool.depth))
         try:
             call.leaves = lease.leaves
             with bound(unit, lease), call.ambient.autocast(), torch.enable_grad(), call.saved.recording():
-                output = unit.original_forward(*call.arguments()[0], **call.arguments()[1])
+                args, kwargs = call.arguments()
+                output = unit.original_forward(*args, **kwargs)
         finally:
             lease.release()
+        if pytree.tree_structure((args, kwargs)) != call.spec:
+            raise UnsupportedModelError(
+                f"{unit.name} adds to a dictionary or list among its arguments, which streaming would not hand on; use "
+                "plain Trainer for this model"
+            )
+        call.changed_buffers = [buffer for buffer, version in buffers.items() if buffer._version != version]
+        if buffers:  # batch norm's kernels write its statistics without raising their versions
+            call.changed_buffers += [
+                buffer
+                for module in unit.found.module.modules()
+                if isinstance(module, nn.modules.batchnorm._NormBase)
+                for buffer in module.buffers()
+            ]
         return call.keep_outputs(output, before)
 
     # -- backward --------------------------------------------------------------------------------------------
 
     def run_backward(
-        self, call: UnitCall, grads: tuple[torch.Tensor | None, ...]
+        self, call: UnitCall, grads: tuple[torch.Tensor | None, ...], *, with_params: bool
     ) -> list[torch.Tensor | None]:
-        """Differentiate a unit; parameter gradients go to the sink, input gradients are returned."""
+        """Differentiate a unit.
+
+        Parameter gradients go to the sink, unless autograd was asked for gradients of other tensors only; gradients
+        of the inputs and of shared parameters are returned.
+        """
         unit = call.unit
-        self.sink.begin_unit(unit)
+        if unit.written() != call.written:
+            raise StateError(
+                f"the weights of {unit.name} changed between its forward and its backward (a step, or a write to a "
+                "parameter), so the gradient would be that of neither; run forward again after the change"
+            )
+        if with_params:
+            self.sink.begin_unit(unit)
         lease = self.lease(unit, after_backward(self.tape.recorded, call.position, self.pool.depth))
         try:
-            with bound(unit, lease), call.ambient.restored(), torch.enable_grad():
-                call.saved.recompute(
-                    lambda: unit.original_forward(*call.arguments()[0], **call.arguments()[1])
-                )
+            args, kwargs = call.arguments()
+            with (
+                bound(unit, lease),
+                call.ambient.restored(),
+                _kept(call.changed_buffers),
+                torch.enable_grad(),
+            ):
+                call.saved.recompute(lambda: unit.original_forward(*args, **kwargs))
             pairs = [
                 (output, grad)
                 for output, grad in zip(call.graph_outputs, grads, strict=True)
                 if grad is not None and output.requires_grad
             ]
-            wanted_inputs = [tensor for tensor in call.inputs if tensor.requires_grad]
-            wanted_leaves = [leaf for leaf in call.leaves if leaf.requires_grad]
+            given_back = [*call.inputs, *unit.shared]
+            wanted_inputs = [tensor for tensor in given_back if tensor.requires_grad]
+            wanted_leaves = [leaf for leaf in call.leaves if leaf.requires_grad and with_params]
             results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
             if pairs:
                 results = torch.autograd.grad(
@@ -215,10 +255,10 @@ class Executor:
         finally:
             call.saved.clear()
             lease.release()
-        if unit.trainable:
+        if unit.trainable and with_params:
             self.sink.push(unit, list(results[len(wanted_inputs) :]))
         given = iter(results)
-        input_grads = [next(given) if tensor.requires_grad else None for tensor in call.inputs]
+        input_grads = [next(given) if tensor.requires_grad else None for tensor in given_back]
         call.free()
         return input_grads
 
@@ -238,6 +278,8 @@ class UnitCall:
     output_flat: list[Any] = field(default_factory=list)
     output_spec: pytree.TreeSpec | None = None
     captured: list[tuple[list, int]] = field(default_factory=list)
+    changed_buffers: list[torch.Tensor] = field(default_factory=list)
+    written: tuple[int, int] = (0, 0)
     ambient: Ambient = None  # type: ignore[assignment] # set before the unit runs
     saved: SavedActivations = None  # type: ignore[assignment]
 
@@ -311,12 +353,19 @@ class _StreamedUnit(torch.autograd.Function):
                 "double backward (create_graph=True) through a streamed layer is not supported; use plain Trainer"
             )
         ctx.saved_tensors  # noqa: B018 - performs the in-place check
-        return None, None, *call.executor.run_backward(call, grads)
+        # The anchor takes part in every backward() and in no autograd.grad(): only the former fills p.grad.
+        with_params = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
+        return None, None, *call.executor.run_backward(call, grads, with_params=with_params)
 
 
 def _without_cache(name: str, value: Any) -> Any:
     """An argument as it may be while gradients flow: no key-value cache, and none asked for."""
     if name in _CACHE_ARGUMENTS:
+        if value is not None and getattr(value, "get_seq_length", int)() > 0:
+            raise UnsupportedModelError(
+                f"{name} already holds {value.get_seq_length()} positions while gradients are on; streamed layers "
+                "cannot train on top of a filled key-value cache (prefix tuning); use plain Trainer"
+            )
         return None
     return False if name == "use_cache" else value
 
@@ -378,6 +427,18 @@ class Ambient:
         torch.set_rng_state(self.cpu_rng)
         if self.device_rng is not None:
             torch.cuda.set_rng_state(self.device_rng, self.device)
+
+
+@contextlib.contextmanager
+def _kept(buffers: list[torch.Tensor]) -> Iterator[None]:
+    """Undo what a recompute writes to buffers (running statistics): forward has written it already."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -299,9 +299,9 @@ class Gradients:
         """Forget gradients of a backward that did not finish, once nothing is writing them."""
         for _, _, handles in self._landing.values():
             for handle in handles:
-                _settle(handle)
+                settle(handle)
         for handle, _ in self._in_flight:
-            _settle(handle)
+            settle(handle)
         self._landing.clear()
         self._in_flight.clear()
         self._squares.clear()
@@ -347,7 +347,8 @@ def _identity(grad: torch.Tensor) -> tuple[int, int]:
     return grad.data_ptr(), grad._version
 
 
-def _settle(handle: Handle) -> None:
+def settle(handle: Handle) -> None:
+    """Wait until nothing works on what `handle` stands for, whether it succeeded or not."""
     try:
         handle.wait_host()
     except Exception:  # noqa: BLE001 - reported to whoever needed the result

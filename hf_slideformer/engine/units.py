@@ -49,15 +49,20 @@ def find_units(model: nn.Module) -> list[UnitModule]:
         UnsupportedModelError: no such layers, or layers that exchange tensors through a side channel.
     """
     found: list[tuple[str, nn.Module]] = []
+    aliases: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) == 0:
             continue
         if any(name.startswith(f"{outer}.") for outer, _ in found):
             continue  # a list inside a unit belongs to that unit
         if all(isinstance(child, GradientCheckpointingLayer) for child in module):
-            found.extend(
-                (f"{name}.{index}" if name else str(index), child) for index, child in enumerate(module)
-            )
+            for index, child in enumerate(module):
+                full_name = f"{name}.{index}" if name else str(index)
+                original = next((first for first, other in found if other is child), None)
+                if original is None:
+                    found.append((full_name, child))
+                else:
+                    aliases[full_name] = original  # the same layer again: one unit that runs twice
     if not found:
         lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
         raise UnsupportedModelError(
@@ -73,10 +78,10 @@ def find_units(model: nn.Module) -> list[UnitModule]:
                     "streaming would cut; use plain Trainer for this model"
                 )
     uses: dict[int, set[str]] = {}
-    unit_names = [name for name, _ in found]
+    unit_names = [*(name for name, _ in found), *aliases]
     for full_name, param in model.named_parameters(remove_duplicate=False):
         owner = next((n for n in unit_names if full_name.startswith(f"{n}.")), "")
-        uses.setdefault(id(param), set()).add(owner)
+        uses.setdefault(id(param), set()).add(aliases.get(owner, owner))
     units = []
     for name, module in found:
         parameters: dict[str, nn.Parameter] = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..errors import TransferError
+from ..errors import StateError, TransferError
 
 
 class Handle:
@@ -106,6 +106,7 @@ class Lane:
         self._delay_s = delay_s
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._closed = False
         self._thread = threading.Thread(target=self._serve, name=f"slideformer-{name}", daemon=True)
         self._thread.start()
 
@@ -119,14 +120,20 @@ class Lane:
     ) -> Handle:
         """Run `work` on the lane once `after` is done on the host or stream and `after_events` have fired."""
         handle = Handle(label)
+        if self._closed:
+            handle.fail(StateError("the engine was closed; prepare the model again"))
+            return handle
         self._queue.put((handle, work, tuple(after), tuple(e for e in after_events if e is not None)))
         return handle
 
     def close(self) -> None:
-        """Finish what is queued and end the thread."""
+        """Finish what is queued, end the thread, and wait until the stream has moved everything."""
+        self._closed = True
         self._queue.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        if self._stream is not None:
+            self._stream.synchronize()  # buffers may be freed and unpinned from here on
 
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:

@@ -142,8 +142,8 @@ def plan_runs(
 ) -> list[UpdateRun]:
     """Group neighbouring parameters of a unit that one kernel call can update.
 
-    Neighbours join where they are adjacent in the unit's buffers (up to alignment padding, which holds zeros and
-    stays zero), are stored alike, and share hyperparameters, step number and clip coefficient.
+    Neighbours join where they are adjacent in the unit's buffers (up to alignment padding, whose values
+    nobody reads), are stored alike, and share hyperparameters, step number and clip coefficient.
     """
     runs: list[tuple[list[ParamState], tuple]] = []
     for state in sorted(states, key=lambda s: s.segment.state_offset):

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..errors import StateError
 from ..memory.transfer import Handle
 from ..metrics import Metrics
 
@@ -50,6 +51,9 @@ class UpdateWorker:
         """Run `work` after `after` is done; jobs that could run go by lowest `priority`, then by age."""
         handle = Handle(label)
         with self._wake:
+            if self._closed:
+                handle.fail(StateError("the engine was closed; prepare the model again"))
+                return handle
             self._jobs.append(_Job(priority, next(self._numbers), after or Handle.done(), work, handle))
             self._wake.notify()
         return handle
