@@ -372,6 +372,22 @@ def test_scheduler_of_the_users_own_adamw():
     runs.assert_same_weights(ours.weights(), plain.weights())
 
 
+def test_a_second_optimizer_starts_afresh():
+    def body(loop):
+        for tokens in runs.batches(2):
+            loop.loss(tokens).backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+        loop.optimizer = type(loop.optimizer)(loop.model.parameters(), lr=3e-4, weight_decay=0.2)
+        if loop.engine is not None:
+            loop.engine.attach_optimizer(loop.optimizer)
+        for tokens in runs.batches(2, seed=9):
+            loop.loss(tokens).backward()
+            _step(loop)
+
+    assert_same_as_plain(body, delays={"update": runs.slow(0.01)})
+
+
 def test_state_of_torchs_adamw_loads():
     plain, ours = runs.plain_loop(), runs.slide_loop()
     first, second = runs.batches(2)

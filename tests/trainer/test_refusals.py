@@ -339,13 +339,6 @@ def test_second_backward_through_one_graph(between):
     runs.assert_same_weights(loop.weights(), plain.weights())
 
 
-def test_second_optimizer():
-    loop = runs.slide_loop()
-    other = type(loop.optimizer)(loop.model.parameters())
-    with pytest.raises(StateError, match="already has an optimizer; make a new trainer"):
-        loop.engine.attach_optimizer(other)
-
-
 def test_optimizer_of_another_model():
     model, other = runs.llama(), runs.llama()
     engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
