@@ -617,14 +617,14 @@ class SlideEngine:
             self._broken = StateError("backward was interrupted after overlapped updates of some units")
         self.check()
 
-    def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
+    def load_begins(self, module: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
         """Called before `load_state_dict` of the model or a part of it, and again for each part inside."""
-        if self._load_root is not None:
+        if prefix and self._load_root is not None:
             return
         self.synchronize()
         self._load_root = module
         for key, param in module.named_parameters():
-            state, value = self._state_of.get(id(param)), state_dict.get(key)
+            state, value = self._state_of.get(id(param)), state_dict.get(prefix + key)
             if state is None or state.residual is None or value is None:
                 continue
             if value.dtype == torch.float32:
@@ -745,8 +745,10 @@ def _before_read(engine: SlideEngine, *_: object) -> None:
     engine.synchronize()
 
 
-def _before_load(engine: SlideEngine, module: nn.Module, state_dict: Mapping, *_: object) -> None:
-    engine.load_begins(module, state_dict)
+def _before_load(
+    engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object
+) -> None:
+    engine.load_begins(module, state_dict, prefix)
 
 
 def _after_load(engine: SlideEngine, module: nn.Module, *_: object) -> None:

@@ -226,6 +226,7 @@ class Executor:
             )
         if with_params:
             self.sink.begin_unit(unit)
+        call.saved.check_unspent()  # before its inputs, which are gone after one backward, are looked for
         lease = self.lease(unit, after_backward(self.tape.recorded, call.position, self.pool.depth))
         try:
             args, kwargs = call.arguments()

@@ -262,10 +262,13 @@ class Gradients:
             for state in unit.states
             if state.spec.trainable and state.param.grad is not None
         ]
+        scales = [
+            self._take_scale(state) for state, _ in pending
+        ]  # known by the gradient that is replaced here
         unit.memory.allocate_gradients(fp32=True)
-        for state, grad in pending:
+        for (state, grad), scale in zip(pending, scales, strict=True):
             target = unit.memory.gradient(state.segment)
-            target.copy_(grad)
+            target.copy_(grad).mul_(scale)
             set_gradient(state, target)
 
     # -- end of backward -------------------------------------------------------------------------------------

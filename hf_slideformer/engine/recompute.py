@@ -40,17 +40,21 @@ class SavedActivations:
         """Context: tensors that autograd would save inside are noted and dropped."""
         return torch.autograd.graph.saved_tensors_hooks(self._note, self._give)
 
+    def check_unspent(self) -> None:
+        """Raise `StateError` if backward has been here."""
+        if self._spent:
+            raise StateError(
+                f"backward ran twice through {self._name}; a streamed model frees its activations after one "
+                "backward (retain_graph=True and double backward are not supported)"
+            )
+
     def recompute(self, run: Callable[[], object]) -> None:
         """Collect the tensors by running `run`, the same computation as under `recording`.
 
         Raises:
             StateError: the run saved other tensors than the first one, or this graph was already used.
         """
-        if self._spent:
-            raise StateError(
-                f"backward ran twice through {self._name}; a streamed model frees its activations after one "
-                "backward (retain_graph=True and double backward are not supported)"
-            )
+        self.check_unspent()
         self._spent = True
         if not self._kinds:
             self._values = []

@@ -15,7 +15,6 @@ def _one_compute_thread():
 
 # Bugs that are known: part of a test's id, and what is wrong. An entry whose test passes is an error (strict).
 _KNOWN_BUGS = {
-    "test_backward_after_clipping": "the clip coefficient reaches resident gradients of a later backward",
     "test_save_pretrained_on_the_live_model[('bf16_from_fp32'": "save_pretrained writes bf16 halves only",
 }
 
