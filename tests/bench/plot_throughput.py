@@ -58,7 +58,8 @@ def draw(series: dict[str, dict[int, dict]], output: Path) -> None:
     axes.set_xlabel(f"batch size (sequences of {first['config']['seq_len']} tokens)")
     axes.set_ylabel("tokens per second")
     axes.set_title(f"{first['config']['shape']}, every layer streamed, {first['gpu']}", fontsize=10)
-    axes.legend()
+    axes.margins(y=0.12)
+    axes.legend(loc="upper left")
     figure.tight_layout()
     figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
 
