@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from .checkpoint import save_exactly
 from .config import SlideConfig
 from .engine.engine import SlideEngine, engine_of
 from .errors import UnsupportedModelError
@@ -84,7 +85,8 @@ class SlideAccelerator(Accelerator):
             if model not in self._models:
                 self._models.append(model)
             return model
-        SlideEngine(model, device=self.device, for_training=not evaluation_mode, **settings)
+        engine = SlideEngine(model, device=self.device, for_training=not evaluation_mode, **settings)
+        save_exactly(model, engine)
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 

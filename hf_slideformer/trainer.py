@@ -6,7 +6,6 @@ are Trainer's own code.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.training_args import OptimizerNames
 
 from .accelerator import SlideAccelerator
+from .checkpoint import set_saved_dtype
 from .config import SlideConfig
 from .engine.blueprint import Blueprint, find_budgets
 from .engine.engine import SlideEngine, engine_of
@@ -251,7 +251,7 @@ class SlideTrainerMixin(_Trainer):
                 joined = engine.state_dict_as_loaded(self.model)
         super()._save(output_dir, state_dict=state_dict if joined is None else joined)
         if joined is not None:
-            _set_saved_dtype(Path(output_dir or self.args.output_dir) / "config.json", torch.float32)
+            set_saved_dtype(Path(output_dir or self.args.output_dir), torch.float32)
 
 
 class SlideTrainer(SlideTrainerMixin, Trainer):
@@ -296,15 +296,6 @@ def _check_writable(directory: Path) -> None:
         raise ConfigError(
             f"output_dir {str(directory)!r} cannot be written ({existing} is not a writable directory)"
         )
-
-
-def _set_saved_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Make a saved configuration name the dtype of the saved weights; the live model computes in another."""
-    if config_file.exists():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(dtype).removeprefix("torch.")
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 __all__ = ["SlideStatus", "SlideTrainer", "SlideTrainerMixin"]

@@ -647,7 +647,7 @@ class SlideEngine:
 
         fp32 weights that train as split masters are joined again, bit for bit; all else is the live tensors.
         """
-        if not any(s.residual is not None and s.spec.source_dtype == torch.float32 for s in self.states):
+        if not self.joins_on_save:
             return None
         self.synchronize()
         result = model.state_dict()
@@ -658,6 +658,11 @@ class SlideEngine:
             if state is not None and state.spec.source_dtype != value.dtype:
                 result[name] = joined.setdefault(state.order, state.read_master())
         return result
+
+    @property
+    def joins_on_save(self) -> bool:
+        """Whether some weights came in as fp32 and are live as the bf16 half of a split master."""
+        return any(s.residual is not None and s.spec.source_dtype == torch.float32 for s in self.states)
 
     def owns(self, param: torch.Tensor) -> bool:
         """Whether `param` is a parameter of this engine's model."""

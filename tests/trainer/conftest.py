@@ -11,16 +11,3 @@ def _one_compute_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-# Bugs that are known: part of a test's id, and what is wrong. An entry whose test passes is an error (strict).
-_KNOWN_BUGS = {
-    "test_save_pretrained_on_the_live_model[('bf16_from_fp32'": "save_pretrained writes bf16 halves only",
-}
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        for part, reason in _KNOWN_BUGS.items():
-            if part in item.nodeid:
-                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
