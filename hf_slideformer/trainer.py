@@ -191,11 +191,7 @@ class SlideTrainerMixin(_Trainer):
                     f"{getattr(cls, '__name__', cls)} cannot update streamed parameters; use torch.optim.AdamW or "
                     "SlideAdamW"
                 )
-            for option in ("amsgrad", "maximize", "differentiable"):
-                if kwargs.get(option):
-                    raise UnsupportedModelError(
-                        f"AdamW's option {option}=True is not supported; leave it off"
-                    )
+            SlideAdamW.check_options(kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing to move: the engine places the model when it is prepared."""

@@ -6,7 +6,7 @@ fp32 master weights with fp32 moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -101,15 +101,18 @@ class SlideAdamW(torch.optim.Optimizer):
                 "hf_slideformer.SlideAdamW (TrainingArguments: optim='adamw_torch' or 'adamw_torch_fused')"
             )
         for group in optimizer.param_groups:
-            for option in ("amsgrad", "maximize", "differentiable"):
-                if group.get(option):
-                    raise UnsupportedModelError(
-                        f"AdamW's option {option}=True is not supported; leave it off"
-                    )
+            cls.check_options(group)
         if optimizer.state:
             raise UnsupportedModelError(
                 "the optimizer has already made steps; prepare it before the first one, then load its state_dict"
             )
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Raise `UnsupportedModelError` for options of `torch.optim.AdamW` that change its mathematics."""
+        for option in ("amsgrad", "maximize", "differentiable"):
+            if options.get(option):
+                raise UnsupportedModelError(f"AdamW's option {option}=True is not supported; leave it off")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim`; after preparation the parameters must be trainable ones of the prepared model."""
