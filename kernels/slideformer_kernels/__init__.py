@@ -5,16 +5,33 @@ Importing this package compiles nothing and imports no Triton: the C library is 
 reference implementation are in ``reference.py``.
 """
 
-from .ops import accumulate_, adamw_fp32_, adamw_split_, join_master, split_master, sum_of_squares
+from .ops import (
+    MOMENT_BLOCK_NUMEL,
+    accumulate_,
+    adamw_fp32_,
+    adamw_fp32_8bit_,
+    adamw_split_,
+    adamw_split_8bit_,
+    dequantize_moments,
+    join_master,
+    quantize_moments,
+    split_master,
+    sum_of_squares,
+)
 from .scalars import AdamWScalars, adamw_scalars
 
 __all__ = [
+    "MOMENT_BLOCK_NUMEL",
     "AdamWScalars",
     "accumulate_",
     "adamw_fp32_",
+    "adamw_fp32_8bit_",
     "adamw_scalars",
     "adamw_split_",
+    "adamw_split_8bit_",
+    "dequantize_moments",
     "join_master",
+    "quantize_moments",
     "split_master",
     "sum_of_squares",
 ]

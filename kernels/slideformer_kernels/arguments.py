@@ -6,6 +6,9 @@ import torch
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 
+MOMENT_BLOCK_NUMEL = 128
+"""Consecutive elements of a flat parameter that share one scale of each 8-bit moment."""
+
 
 def check_operands(operation: str, operands: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]]) -> int:
     """Check that all operands are contiguous, of an allowed dtype, on one device and equally long.
@@ -71,6 +74,89 @@ def check_adamw_fp32(
             "exp_avg": (exp_avg, (torch.float32,)),
             "exp_avg_sq": (exp_avg_sq, (torch.float32,)),
         },
+    )
+
+
+def check_moment_codes(
+    operation: str,
+    masters: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]],
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> int:
+    """Check 8-bit moments, with whatever else of the same numel belongs to the operation; returns numel.
+
+    Args:
+        operation: name used in messages.
+        masters: further operands as in :func:`check_operands`.
+        exp_avg: (numel,) int8 codes.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+        exp_avg_sq: (numel,) uint8 codes.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+
+    Raises:
+        ValueError: naming the operand with what it has and what is wanted.
+    """
+    numel = check_operands(
+        operation,
+        {**masters, "exp_avg": (exp_avg, (torch.int8,)), "exp_avg_sq": (exp_avg_sq, (torch.uint8,))},
+    )
+    check_operands(
+        operation,
+        {
+            "exp_avg_scale": (exp_avg_scale, (torch.float32,)),
+            "exp_avg_sq_scale": (exp_avg_sq_scale, (torch.float32,)),
+        },
+    )
+    blocks = -(-numel // MOMENT_BLOCK_NUMEL)
+    if exp_avg_scale.numel() != blocks:
+        raise ValueError(
+            f"{operation}: exp_avg_scale has {exp_avg_scale.numel()} elements, {numel} codes want {blocks}"
+        )
+    if exp_avg_scale.device != exp_avg.device:
+        raise ValueError(
+            f"{operation}: exp_avg_scale is on {exp_avg_scale.device}, exp_avg is on {exp_avg.device}"
+        )
+    return numel
+
+
+def check_adamw_split_8bit(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> int:
+    """Check the tensors of ``adamw_split_8bit_``; returns numel."""
+    masters = {"hi": (hi, (torch.bfloat16,)), "lo": (lo, (torch.int16,)), "grad": (grad, GRADIENT_DTYPES)}
+    return check_moment_codes(
+        "adamw_split_8bit_", masters, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    )
+
+
+def check_adamw_fp32_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> int:
+    """Check the tensors of ``adamw_fp32_8bit_``; returns numel."""
+    masters = {"param": (param, (torch.float32,)), "grad": (grad, GRADIENT_DTYPES)}
+    return check_moment_codes(
+        "adamw_fp32_8bit_", masters, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    )
+
+
+def check_fp32_moments(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> int:
+    """Check the tensors of ``quantize_moments``; returns numel."""
+    return check_operands(
+        "quantize_moments",
+        {"exp_avg": (exp_avg, (torch.float32,)), "exp_avg_sq": (exp_avg_sq, (torch.float32,))},
     )
 
 

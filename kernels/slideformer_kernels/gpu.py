@@ -8,7 +8,8 @@ What keeps the bits the same:
 * ``enable_fp_fusion=False``: nothing is contracted but the explicit fma.
 * Division and square root are Triton's correctly rounded ones; small square roots are scaled (``_sqrt``).
 * NaN are found and stored as integers, because compilers are free to change a NaN's bits.
-* 16-bit values are converted by shifting bits.
+* 16-bit values are converted by shifting bits, codes of 8-bit moments by adding a large number, never by an
+  instruction whose result for NaN or out of range depends on the hardware.
 """
 
 import torch
@@ -16,6 +17,8 @@ import triton
 import triton.language as tl
 
 from . import arguments
+from .arguments import MOMENT_BLOCK_NUMEL
+from .reference import EXP_AVG_LEVELS, EXP_AVG_SQ_LEVELS, SMALLEST_SCALE
 from .scalars import AdamWScalars, round_to_fp32
 
 ROW_NUMEL = 1024
@@ -25,6 +28,15 @@ BLOCK_ROWS = 8
 NUM_WARPS = 4
 # A row is read as 8 segments, so that its first three halvings are additions of whole segments.
 LOG2_SEGMENT_NUMEL = 7
+
+# Blocks of 8-bit moments per program.
+BLOCK_MOMENT_BLOCKS = BLOCK_NUMEL // MOMENT_BLOCK_NUMEL
+
+_EXP_AVG_LEVELS = tl.constexpr(EXP_AVG_LEVELS)
+_EXP_AVG_SQ_LEVELS = tl.constexpr(EXP_AVG_SQ_LEVELS)
+_INV_EXP_AVG_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_LEVELS))
+_INV_EXP_AVG_SQ_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_SQ_LEVELS))
+_SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 
 _BITS_DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -87,6 +99,76 @@ def adamw_fp32_(
     param_bits = param.view(torch.int32)
     _launch_adamw(param_bits, param_bits, grad, exp_avg, exp_avg_sq, scalars, grad_scale, numel, False)
     arguments.mark_written(param, exp_avg, exp_avg_sq)
+
+
+def adamw_split_8bit_(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+) -> None:
+    """Update a split master in place with AdamW on 8-bit moments (formula: reference.py).
+
+    One pass over memory: 14 bytes per element with a bf16 gradient.
+
+    Args:
+        hi: (numel,) bf16, CUDA, any shape, contiguous; updated in place.
+        lo: (numel,) int16; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
+            kernel runs.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
+    _launch_adamw_8bit(hi.view(torch.int16), lo, grad, *codes, scalars, grad_scale, numel, True)
+    arguments.mark_written(hi, lo, *codes)
+
+
+def adamw_fp32_8bit_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+) -> None:
+    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: reference.py).
+
+    Args:
+        param: (numel,) fp32, CUDA, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
+            kernel runs.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
+    # The second pointer of the split master is not read.
+    param_bits = param.view(torch.int32)
+    _launch_adamw_8bit(param_bits, param_bits, grad, *codes, scalars, grad_scale, numel, False)
+    arguments.mark_written(param, *codes)
 
 
 def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
@@ -158,11 +240,7 @@ def _launch_adamw(
     is_split: bool,
 ) -> None:
     _check_device(exp_avg)
-    if isinstance(grad_scale, torch.Tensor):
-        _check_scale(grad_scale, exp_avg)
-    else:
-        # Floats are passed by value without specialising on it, so no step compiles anything.
-        grad_scale = round_to_fp32(grad_scale)
+    grad_scale = _checked_scale(grad_scale, exp_avg)
     if numel == 0:
         return
     with torch.cuda.device_of(exp_avg):
@@ -173,13 +251,7 @@ def _launch_adamw(
             exp_avg.view(torch.int32),
             exp_avg_sq.view(torch.int32),
             grad_scale,
-            scalars.decay,
-            scalars.one_minus_beta1,
-            scalars.beta2,
-            scalars.one_minus_beta2,
-            scalars.inv_bias_correction2_sqrt,
-            scalars.eps,
-            -scalars.step_size,
+            *_scalar_arguments(scalars),
             numel,
             IS_SPLIT=is_split,
             SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
@@ -188,6 +260,58 @@ def _launch_adamw(
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
+
+
+def _launch_adamw_8bit(
+    master: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor,
+    numel: int,
+    is_split: bool,
+) -> None:
+    _check_device(exp_avg)
+    grad_scale = _checked_scale(grad_scale, exp_avg)
+    if numel == 0:
+        return
+    with torch.cuda.device_of(exp_avg):
+        _adamw_8bit_kernel[(triton.cdiv(numel, BLOCK_NUMEL),)](
+            master,
+            lo,
+            _bits(grad),
+            exp_avg,
+            exp_avg_scale.view(torch.int32),
+            exp_avg_sq,
+            exp_avg_sq_scale.view(torch.int32),
+            grad_scale,
+            *_scalar_arguments(scalars),
+            numel,
+            IS_SPLIT=is_split,
+            SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
+            INTERPRETED=triton.knobs.runtime.interpret,
+            BLOCKS=BLOCK_MOMENT_BLOCKS,
+            BLOCK=MOMENT_BLOCK_NUMEL,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=False,
+        )
+
+
+def _scalar_arguments(scalars: AdamWScalars) -> tuple[float, ...]:
+    """Return the scalars in the order in which the kernels take them."""
+    return (
+        scalars.decay,
+        scalars.one_minus_beta1,
+        scalars.beta2,
+        scalars.one_minus_beta2,
+        scalars.inv_bias_correction2_sqrt,
+        scalars.eps,
+        -scalars.step_size,
+    )
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -200,12 +324,17 @@ def _check_device(x: torch.Tensor) -> None:
         raise ValueError(f"the GPU kernels were given tensors on {x.device}, wanted cuda")
 
 
-def _check_scale(grad_scale: torch.Tensor, operand: torch.Tensor) -> None:
+def _checked_scale(grad_scale: float | torch.Tensor, operand: torch.Tensor) -> float | torch.Tensor:
+    """Return the scale as a kernel takes it: a tensor as it is, a number rounded to fp32."""
+    if not isinstance(grad_scale, torch.Tensor):
+        # Floats are passed by value without specialising on it, so no step compiles anything.
+        return round_to_fp32(grad_scale)
     if grad_scale.numel() != 1 or grad_scale.dtype != torch.float32 or grad_scale.device != operand.device:
         raise ValueError(
             f"grad_scale must be a float or a 1-element torch.float32 tensor on {operand.device}, got "
             f"{grad_scale.numel()} elements of {grad_scale.dtype} on {grad_scale.device}"
         )
+    return grad_scale
 
 
 @triton.jit
@@ -236,22 +365,152 @@ def _adamw_kernel(
     g = _load_fp32(grad_ptr, offsets, mask) * grad_scale
     m = _load_fp32(exp_avg_ptr, offsets, mask)
     v = _load_fp32(exp_avg_sq_ptr, offsets, mask)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    p, m, v, _ = _updated(
+        p,
+        g,
+        m,
+        v,
+        decay,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        inv_bias_correction2_sqrt,
+        eps,
+        minus_step_size,
+        INTERPRETED,
+    )
+    tl.store(exp_avg_ptr + offsets, _canonical_bits(m), mask=mask)
+    tl.store(exp_avg_sq_ptr + offsets, _canonical_bits(v), mask=mask)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
+def _adamw_8bit_kernel(
+    master_ptr,  # IS_SPLIT: int16, the bits of hi; else int32, the bits of the fp32 parameters
+    lo_ptr,  # IS_SPLIT: int16; else unused
+    grad_ptr,  # int16: bits of bf16; int32: bits of fp32
+    exp_avg_ptr,  # int8
+    exp_avg_scale_ptr,  # int32: bits of fp32, as is exp_avg_sq_scale_ptr
+    exp_avg_sq_ptr,  # uint8
+    exp_avg_sq_scale_ptr,
+    grad_scale,
+    decay,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    inv_bias_correction2_sqrt,
+    eps,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Update a tile of BLOCKS blocks of 8-bit moments, one in each row."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    block_mask = block * BLOCK < numel
+    offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    mask = offsets < numel
+    if SCALE_IS_POINTER:
+        grad_scale = tl.load(grad_scale)
+    g = _load_fp32(grad_ptr, offsets, mask) * grad_scale
+    q = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    scale = _load_fp32(exp_avg_scale_ptr, block, block_mask)
+    m = (q * tl.abs(q)).to(tl.float32) * _INV_EXP_AVG_LEVELS * scale[:, None]
+    q = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    scale = _load_fp32(exp_avg_sq_scale_ptr, block, block_mask)
+    r = (q * q).to(tl.float32) * _INV_EXP_AVG_SQ_LEVELS * scale[:, None]
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    p, m, _, r = _updated(
+        p,
+        g,
+        m,
+        r * r,
+        decay,
+        one_minus_beta1,
+        beta2,
+        one_minus_beta2,
+        inv_bias_correction2_sqrt,
+        eps,
+        minus_step_size,
+        INTERPRETED,
+    )
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+    # Beyond the end everything is 0 and so not the highest value of a block (0 * inf is NaN, hence the mask).
+    m_bits = tl.where(mask, m.to(tl.int32, bitcast=True), 0)
+    q, scale_bits = _magnitude_codes(m_bits & 0x7FFFFFFF, _EXP_AVG_LEVELS)
+    tl.store(exp_avg_scale_ptr + block, scale_bits, mask=block_mask)
+    tl.store(exp_avg_ptr + offsets, tl.where(m_bits < 0, -q, q).to(tl.int8), mask=mask)
+    r_bits = tl.where(mask, r.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    q, scale_bits = _magnitude_codes(r_bits, _EXP_AVG_SQ_LEVELS)
+    tl.store(exp_avg_sq_scale_ptr + block, scale_bits, mask=block_mask)
+    # A denominator must not be lost. Where a block has no codes, 0 stays 0.
+    is_finite = scale_bits[:, None] < 0x7F800000
+    q = tl.where((q == 0) & (r_bits > 0) & is_finite, 1, q)
+    tl.store(exp_avg_sq_ptr + offsets, q.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _magnitude_codes(magnitude_bits, LEVELS: tl.constexpr):
+    """Return the codes of each row's magnitudes (int32) and the bits of its scale."""
+    scale_bits = tl.max(magnitude_bits, axis=1)
+    scale = scale_bits.to(tl.float32, bitcast=True)
+    # As integers, which NaN do not escape.
+    is_finite = scale_bits < 0x7F800000
+    scale_bits = tl.where(scale_bits > 0x7F800000, 0x7FC00000, scale_bits)
+    scale_bits = tl.where(is_finite & (scale < _SMALLEST_SCALE), 0, scale_bits)
+    has_codes = is_finite & (scale_bits > 0)
+    levels = tl.full(scale.shape, LEVELS, tl.float32)
+    inverse = tl.div_rn(levels, tl.where(has_codes, scale, levels))
+    magnitude = tl.where(has_codes[:, None], magnitude_bits, 0).to(tl.float32, bitcast=True)
+    # The sum is rounded to an integer, which stands in its lowest bits.
+    rounded = _sqrt(magnitude * inverse[:, None]) + 8388608.0
+    return rounded.to(tl.int32, bitcast=True) - 0x4B000000, scale_bits
+
+
+@triton.jit
+def _updated(
+    p,
+    g,
+    m,
+    v,
+    decay,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    inv_bias_correction2_sqrt,
+    eps,
+    minus_step_size,
+    INTERPRETED: tl.constexpr,
+):
+    """Return parameter, m, v and sqrt(v) after the update with the scaled gradient ``g``."""
+    # The interpreter hands floats over as Python floats: tl.full makes them fp32 everywhere.
+    m = _fma(tl.full(g.shape, one_minus_beta1, tl.float32), g - m, m, INTERPRETED)
+    v = _fma(one_minus_beta2 * g, g, beta2 * v, INTERPRETED)
+    r = _sqrt(v)
+    inv_bias_correction2_sqrt = tl.full(g.shape, inv_bias_correction2_sqrt, tl.float32)
+    d = _fma(r, inv_bias_correction2_sqrt, tl.full(g.shape, eps, tl.float32), INTERPRETED)
+    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), tl.div_rn(m, d), p * decay, INTERPRETED)
+    return p, m, v, r
+
+
+@triton.jit
+def _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT: tl.constexpr):
     if IS_SPLIT:
         hi_bits = tl.load(master_ptr + offsets, mask=mask, other=0).to(tl.int32) << 16
         lo_bits = tl.load(lo_ptr + offsets, mask=mask, other=0).to(tl.int32)
         p = (hi_bits + lo_bits).to(tl.float32, bitcast=True)
     else:
         p = _load_fp32(master_ptr, offsets, mask)
+    return p
 
-    # The interpreter hands floats over as Python floats: tl.full makes them fp32 everywhere.
-    m = _fma(tl.full((BLOCK,), one_minus_beta1, tl.float32), g - m, m, INTERPRETED)
-    v = _fma(one_minus_beta2 * g, g, beta2 * v, INTERPRETED)
-    inv_bias_correction2_sqrt = tl.full((BLOCK,), inv_bias_correction2_sqrt, tl.float32)
-    d = _fma(_sqrt(v), inv_bias_correction2_sqrt, tl.full((BLOCK,), eps, tl.float32), INTERPRETED)
-    p = _fma(tl.full((BLOCK,), minus_step_size, tl.float32), tl.div_rn(m, d), p * decay, INTERPRETED)
 
-    tl.store(exp_avg_ptr + offsets, _canonical_bits(m), mask=mask)
-    tl.store(exp_avg_sq_ptr + offsets, _canonical_bits(v), mask=mask)
+@triton.jit
+def _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT: tl.constexpr):
     bits = _canonical_bits(p)
     if IS_SPLIT:
         # A canonical NaN, 0x7FC00000, splits into 0x7FC0 and 0 by itself.

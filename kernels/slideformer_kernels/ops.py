@@ -9,6 +9,7 @@ from types import ModuleType
 import torch
 
 from . import build, cpu, reference
+from .arguments import MOMENT_BLOCK_NUMEL as MOMENT_BLOCK_NUMEL
 from .scalars import AdamWScalars
 
 
@@ -82,6 +83,132 @@ def adamw_fp32_(
         cpu.adamw_fp32_(*operands, _host_float(grad_scale), threads=threads)
     else:
         reference.adamw_fp32_(*operands, _host_float(grad_scale))
+
+
+def adamw_split_8bit_(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Update a split master in place with AdamW on 8-bit moments (formula: reference.py).
+
+    On CUDA tensors the update is enqueued on the current stream of their device. Codes and scales of 0 are the
+    moments of a new parameter.
+
+    Args:
+        hi: (numel,) bf16, CPU or CUDA, any shape, contiguous; updated in place.
+        lo: (numel,) int16; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    operands = (hi, lo, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars)
+    if hi.is_cuda:
+        _gpu().adamw_split_8bit_(*operands, grad_scale)
+    elif build.load() is not None:
+        cpu.adamw_split_8bit_(*operands, _host_float(grad_scale), threads=threads)
+    else:
+        reference.adamw_split_8bit_(*operands, _host_float(grad_scale))
+
+
+def adamw_fp32_8bit_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float | torch.Tensor = 1.0,
+    *,
+    threads: int | None = None,
+) -> None:
+    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: reference.py).
+
+    On CUDA tensors the update is enqueued on the current stream of their device. Codes and scales of 0 are the
+    moments of a new parameter.
+
+    Args:
+        param: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    operands = (param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars)
+    if param.is_cuda:
+        _gpu().adamw_fp32_8bit_(*operands, grad_scale)
+    elif build.load() is not None:
+        cpu.adamw_fp32_8bit_(*operands, _host_float(grad_scale), threads=threads)
+    else:
+        reference.adamw_fp32_8bit_(*operands, _host_float(grad_scale))
+
+
+def quantize_moments(
+    exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Convert fp32 moments to 8-bit ones, as a step would store them (formula: reference.py).
+
+    Args:
+        exp_avg: (numel,) fp32, CPU or CUDA, any shape, contiguous.
+        exp_avg_sq: (numel,) fp32, not negative.
+
+    Returns:
+        (exp_avg codes, exp_avg_scale, exp_avg_sq codes, exp_avg_sq_scale): new tensors that the caller owns,
+        on CUDA ready on the current stream. Codes are int8 and uint8 in the shape of ``exp_avg``, scales
+        (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    return reference.quantize_moments(exp_avg, exp_avg_sq)
+
+
+def dequantize_moments(
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convert 8-bit moments to fp32, to what the next step reads (formula: reference.py).
+
+    Args:
+        exp_avg: (numel,) int8 codes, CPU or CUDA, any shape, contiguous.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+        exp_avg_sq: (numel,) uint8 codes.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+
+    Returns:
+        (exp_avg, exp_avg_sq): new fp32 tensors in the shape of the codes, which the caller owns; on CUDA
+        ready on the current stream.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    return reference.dequantize_moments(exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale)
 
 
 def split_master(

@@ -23,6 +23,30 @@ makes. So CPU and GPU kernels store the same bits.
 ``hi`` is the value rounded to bf16 with ties away from zero (torch's cast takes ties to even). Values that
 round up to infinity keep their exact value: their ``lo`` is negative.
 
+**8-bit moments** keep ``m`` and ``v`` between steps in one byte each, with one fp32 scale each for every block
+of MOMENT_BLOCK_NUMEL consecutive elements of the flat parameter (the last block may be short). Both are
+companded by a square root, which spends the codes on a range of 1 : 16129 and 1 : 65025; ``v`` is stored as
+``r = sqrt(v)``, which the update needs anyway. Again each operation is one IEEE fp32 operation::
+
+    read:   m = ((q * abs(q)) * (1 / 16129)) * scale                (int8 q)
+            r = ((q * q) * (1 / 65025)) * scale;  v = r * r         (uint8 q)
+    store:  scale = max(abs(m)) of the block;  q = rne(sqrt(abs(m) * (16129 / scale))), with the sign of m
+            scale = max(r) of the block;  q = rne(sqrt(r * (65025 / scale))), at least 1 where r > 0
+
+``1 / 16129`` and ``1 / 65025`` are rounded to fp32 beforehand; times 16129 and 65025 they give exactly 1, so
+that the largest element is read back as it was. ``rne`` rounds to the nearest integer, ties to even. The
+largest element of a block has code 127 or 255 and no code is beyond. The floor of 1 keeps a denominator from
+being lost, which would blow up the next update wherever ``m`` is not 0. Only what is stored is rounded to
+codes: the parameter of this step follows the new ``m`` and ``v`` themselves. Edges, the same on every path:
+
+* ``max`` compares the bits of absolute values as integers, NaN as 0x7FC00000, so NaN > inf > finite.
+* A scale that is not finite is stored as it is (NaN as 0x7FC00000) with all codes 0, so that the next step
+  reads NaN in the whole block: one gradient that is not finite poisons its block, where fp32 moments poison
+  their element.
+* A scale below 2**-100 is stored as 0 with all codes 0, so that no quotient overflows or is denormal. For
+  ``r`` this does not happen: the square root of the smallest denormal is 2**-74.5.
+* Codes of 0 with scales of 0 are the moments of a new parameter.
+
 **The sum of squares** has one summation tree, independent of threads and hardware: squares in float64
 (exact), rows of 1024 (the last one padded with zeros), each row halved (``x[:512] + x[512:]``, ...) to one
 value; the row sums form the next vector, until one value is left.
@@ -36,12 +60,18 @@ import math
 import torch
 
 from . import arguments
+from .arguments import MOMENT_BLOCK_NUMEL
 from .scalars import AdamWScalars, round_to_fp32
 
 # Temporaries of this size stay in the cache, which makes it twice as fast as chunks of a million.
 CHUNK_NUMEL = 1 << 17
 ROW_NUMEL = 1024
+_NAN_BITS = 0x7FC00000
 _NAN_HI_BITS = 0x7FC0
+
+EXP_AVG_LEVELS = 127.0**2
+EXP_AVG_SQ_LEVELS = 255.0**2
+SMALLEST_SCALE = 2.0**-100
 
 
 @torch.no_grad()
@@ -72,9 +102,9 @@ def adamw_split_(
     for part in _chunks(numel):
         hi_part, lo_part = hi.view(-1)[part], lo.view(-1)[part]
         param = _join_bits(hi_part, lo_part).view(torch.float32)
-        new = _updated(
-            param, grad.view(-1)[part], exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part], scalars, grad_scale
-        )
+        moments = exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part]
+        new, m, v, _ = _updated(param, grad.view(-1)[part], *moments, scalars, grad_scale)
+        _store_moments(m, v, *moments)
         _split_into(new, hi_part, lo_part)
 
 
@@ -103,15 +133,148 @@ def adamw_fp32_(
     numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
     for part in _chunks(numel):
         param_part = param.view(-1)[part]
-        new = _updated(
-            param_part,
-            grad.view(-1)[part],
-            exp_avg.view(-1)[part],
-            exp_avg_sq.view(-1)[part],
-            scalars,
-            grad_scale,
-        )
-        param_part.copy_(new)
+        moments = exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part]
+        new, m, v, _ = _updated(param_part, grad.view(-1)[part], *moments, scalars, grad_scale)
+        _store_moments(m, v, *moments)
+        param_part.copy_(_canonical_nan(new))
+
+
+@torch.no_grad()
+def adamw_split_8bit_(
+    hi: torch.Tensor,
+    lo: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update a split master in place with AdamW on 8-bit moments (formula: module docstring).
+
+    Args:
+        hi: (numel,) bf16, any shape, contiguous; updated in place.
+        lo: (numel,) int16; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
+    for part in _chunks(numel):
+        hi_part, lo_part = hi.view(-1)[part], lo.view(-1)[part]
+        param = _join_bits(hi_part, lo_part).view(torch.float32)
+        codes_part = _codes_of(part, *codes)
+        moments = _read_codes(*codes_part)
+        new, m, _, r = _updated(param, grad.view(-1)[part], *moments, scalars, grad_scale)
+        _store_codes(m, r, *codes_part)
+        _split_into(new, hi_part, lo_part)
+
+
+@torch.no_grad()
+def adamw_fp32_8bit_(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+    scalars: AdamWScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: module docstring).
+
+    Args:
+        param: (numel,) fp32, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        exp_avg: (numel,) int8 codes; updated in place.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        exp_avg_sq: (numel,) uint8 codes; updated in place.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
+        scalars: of this step.
+        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
+    for part in _chunks(numel):
+        param_part = param.view(-1)[part]
+        codes_part = _codes_of(part, *codes)
+        moments = _read_codes(*codes_part)
+        new, m, _, r = _updated(param_part, grad.view(-1)[part], *moments, scalars, grad_scale)
+        _store_codes(m, r, *codes_part)
+        param_part.copy_(_canonical_nan(new))
+
+
+@torch.no_grad()
+def quantize_moments(
+    exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Convert fp32 moments to 8-bit ones, as a step would store them (module docstring).
+
+    Args:
+        exp_avg: (numel,) fp32, any shape, contiguous.
+        exp_avg_sq: (numel,) fp32, not negative.
+
+    Returns:
+        (exp_avg codes, exp_avg_scale, exp_avg_sq codes, exp_avg_sq_scale): new tensors that the caller owns.
+        Codes are int8 and uint8 in the shape of ``exp_avg``, scales (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    numel = arguments.check_fp32_moments(exp_avg, exp_avg_sq)
+    blocks, device = -(-numel // MOMENT_BLOCK_NUMEL), exp_avg.device
+    codes = (
+        torch.empty(exp_avg.shape, dtype=torch.int8, device=device),
+        torch.empty(blocks, dtype=torch.float32, device=device),
+        torch.empty(exp_avg.shape, dtype=torch.uint8, device=device),
+        torch.empty(blocks, dtype=torch.float32, device=device),
+    )
+    for part in _chunks(numel):
+        m, r = exp_avg.view(-1)[part], _sqrt(exp_avg_sq.view(-1)[part])
+        _store_codes(m, r, *_codes_of(part, *codes))
+    return codes
+
+
+@torch.no_grad()
+def dequantize_moments(
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Convert 8-bit moments to fp32, to what the next step reads (module docstring).
+
+    Args:
+        exp_avg: (numel,) int8 codes, any shape, contiguous.
+        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+        exp_avg_sq: (numel,) uint8 codes.
+        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+
+    Returns:
+        (exp_avg, exp_avg_sq): new fp32 tensors in the shape of the codes, which the caller owns.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
+    numel = arguments.check_moment_codes("dequantize_moments", {}, *codes)
+    m = torch.empty(exp_avg.shape, dtype=torch.float32, device=exp_avg.device)
+    v = torch.empty(exp_avg.shape, dtype=torch.float32, device=exp_avg.device)
+    for part in _chunks(numel):
+        _store_moments(*_read_codes(*_codes_of(part, *codes)), m.view(-1)[part], v.view(-1)[part])
+    return m, v
 
 
 @torch.no_grad()
@@ -231,18 +394,96 @@ def _updated(
     exp_avg_sq: torch.Tensor,
     scalars: AdamWScalars,
     grad_scale: float,
-) -> torch.Tensor:
-    """Return the new parameter values of one chunk; write the new moments."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return parameter, m, v and sqrt(v) after the update of one chunk; NaN are as the operations made them."""
     g = grad.float() * round_to_fp32(grad_scale)
     m = fma(scalars.one_minus_beta1, g - exp_avg, exp_avg)
     v = fma(g * scalars.one_minus_beta2, g, exp_avg_sq * scalars.beta2)
-    # sqrt goes through float64: the vector maths library behind torch's fp32 sqrt need not round correctly,
-    # and with 53 >= 2 * 24 + 2 bits the second rounding does no harm.
-    d = fma(scalars.inv_bias_correction2_sqrt, v.double().sqrt().float(), scalars.eps)
-    new = fma(-scalars.step_size, m / d, param * scalars.decay)
+    r = _sqrt(v)
+    d = fma(scalars.inv_bias_correction2_sqrt, r, scalars.eps)
+    return fma(-scalars.step_size, m / d, param * scalars.decay), m, v, r
+
+
+def _sqrt(x: torch.Tensor) -> torch.Tensor:
+    """Return the correctly rounded fp32 square root.
+
+    It goes through float64: the vector maths library behind torch's fp32 sqrt need not round correctly, and
+    with 53 >= 2 * 24 + 2 bits the second rounding does no harm.
+    """
+    return x.double().sqrt().float()
+
+
+def _store_moments(m: torch.Tensor, v: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
+    """Write the temporaries ``m`` and ``v``; changes their NaN."""
     exp_avg.copy_(_canonical_nan(m))
     exp_avg_sq.copy_(_canonical_nan(v))
-    return _canonical_nan(new)
+
+
+def _codes_of(
+    part: slice,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut the chunk ``part``, which begins with a block, out of 8-bit moments."""
+    blocks = slice(part.start // MOMENT_BLOCK_NUMEL, -(-part.stop // MOMENT_BLOCK_NUMEL))
+    return (
+        exp_avg.view(-1)[part],
+        exp_avg_scale.view(-1)[blocks],
+        exp_avg_sq.view(-1)[part],
+        exp_avg_sq_scale.view(-1)[blocks],
+    )
+
+
+def _read_codes(
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return m and v of one chunk in fp32."""
+    q = exp_avg.float()
+    m = q * q.abs() * round_to_fp32(1.0 / EXP_AVG_LEVELS) * _per_element(exp_avg_scale, q)
+    q = exp_avg_sq.float()
+    r = q * q * round_to_fp32(1.0 / EXP_AVG_SQ_LEVELS) * _per_element(exp_avg_sq_scale, q)
+    return m, r * r
+
+
+def _store_codes(
+    m: torch.Tensor,
+    r: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_scale: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    exp_avg_sq_scale: torch.Tensor,
+) -> None:
+    """Write m and r = sqrt(v) of one chunk as codes and scales."""
+    q = _magnitude_codes(m, EXP_AVG_LEVELS, exp_avg_scale)
+    exp_avg.copy_(torch.where(m < 0, -q, q))
+    q = _magnitude_codes(r, EXP_AVG_SQ_LEVELS, exp_avg_sq_scale)
+    # The floor of 1 is for blocks that have codes.
+    floor = (r > 0) & _per_element(exp_avg_sq_scale.isfinite(), r)
+    exp_avg_sq.copy_(torch.maximum(q, floor.float()))
+
+
+def _magnitude_codes(x: torch.Tensor, levels: float, scale: torch.Tensor) -> torch.Tensor:
+    """Write the scales of the blocks of ``x``; return the codes of its magnitudes as fp32 integers."""
+    magnitude_bits = (x.view(torch.int32) & 0x7FFFFFFF).masked_fill_(x.isnan(), _NAN_BITS)
+    padding = -x.numel() % MOMENT_BLOCK_NUMEL
+    blocks = torch.nn.functional.pad(magnitude_bits, (0, padding)).view(-1, MOMENT_BLOCK_NUMEL)
+    scale.copy_(blocks.amax(dim=1).view(torch.float32))
+    scale.masked_fill_(scale < SMALLEST_SCALE, 0.0)
+    has_codes = scale.isfinite() & (scale > 0)
+    # Both operands are tensors: torch may multiply a number with the reciprocal, which rounds twice.
+    inverse = (torch.full_like(scale, levels) / scale).masked_fill_(~has_codes, 0.0)
+    root = _sqrt(x.abs() * _per_element(inverse, x))
+    return root.masked_fill_(~_per_element(has_codes, x), 0.0).round_()
+
+
+def _per_element(per_block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Repeat the value of each block for its elements."""
+    return per_block.repeat_interleave(MOMENT_BLOCK_NUMEL)[: like.numel()]
 
 
 def _canonical_nan(x: torch.Tensor) -> torch.Tensor:

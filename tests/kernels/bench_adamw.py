@@ -17,10 +17,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
-from slideformer_kernels import adamw_scalars, adamw_split_, build, cpu, sum_of_squares  # noqa: E402
+from slideformer_kernels import (  # noqa: E402
+    MOMENT_BLOCK_NUMEL,
+    adamw_scalars,
+    adamw_split_,
+    adamw_split_8bit_,
+    build,
+    cpu,
+    sum_of_squares,
+)
 
 # hi, lo, exp_avg, exp_avg_sq read and written, bf16 gradient read.
 UPDATE_BYTES = 2 * (2 + 2 + 4 + 4) + 2
+# The same with one byte for each moment; two scales of 4 bytes for each block.
+UPDATE_8BIT_BYTES = 2 * (2 + 2 + 1 + 1) + 2 + 2 * 8 / MOMENT_BLOCK_NUMEL
 SCALARS = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=10)
 
 
@@ -30,6 +40,17 @@ def make_state(numel: int, device: str) -> list[torch.Tensor]:
     lo = torch.zeros(numel, dtype=torch.int16, device=device)
     grad = torch.empty(numel, dtype=torch.bfloat16, device=device).normal_()
     return [hi, lo, grad, torch.zeros(numel, device=device), torch.ones(numel, device=device)]
+
+
+def make_codes(numel: int, device: str) -> list[torch.Tensor]:
+    """Allocate codes and scales of exp_avg and exp_avg_sq, the moments of a new parameter."""
+    blocks = -(-numel // MOMENT_BLOCK_NUMEL)
+    return [
+        torch.zeros(numel, dtype=torch.int8, device=device),
+        torch.zeros(blocks, device=device),
+        torch.zeros(numel, dtype=torch.uint8, device=device),
+        torch.zeros(blocks, device=device),
+    ]
 
 
 def percentiles_s(samples: list[float]) -> dict[str, float]:
@@ -60,7 +81,7 @@ def time_gpu(run: Callable[[], object], warmup: int, repeats: int) -> list[float
     return samples
 
 
-def print_row(operation: str, numel: int, moved_bytes: int, samples: list[float], **extra: object) -> None:
+def print_row(operation: str, numel: int, moved_bytes: float, samples: list[float], **extra: object) -> None:
     times = percentiles_s(samples)
     row = {
         "operation": operation,
@@ -84,12 +105,17 @@ def cpu_name() -> str:
 
 def bench_cpu(numel: int, thread_counts: list[int], isas: list[str], warmup: int, repeats: int) -> None:
     state = make_state(numel, "cpu")
+    state_8bit = [*state[:3], *make_codes(numel, "cpu")]
     for isa in isas:
         os.environ[cpu.ISA_VARIABLE] = isa
         for threads in thread_counts:
             extra = {"device": "cpu", "threads": threads, "isa": isa}
             samples = time_cpu(lambda t=threads: adamw_split_(*state, SCALARS, threads=t), warmup, repeats)
             print_row("adamw_split", numel, UPDATE_BYTES * numel, samples, **extra)
+            samples = time_cpu(
+                lambda t=threads: adamw_split_8bit_(*state_8bit, SCALARS, threads=t), warmup, repeats
+            )
+            print_row("adamw_split_8bit", numel, UPDATE_8BIT_BYTES * numel, samples, **extra)
             samples = time_cpu(lambda t=threads: sum_of_squares(state[2], threads=t), warmup, repeats)
             print_row("sum_of_squares", numel, 2 * numel, samples, **extra)
     copy = torch.empty_like(state[4])
@@ -103,11 +129,17 @@ def bench_gpu(numel: int, warmup: int, repeats: int) -> None:
     import triton
 
     state = make_state(numel, "cuda")
+    state_8bit = [*state[:3], *make_codes(numel, "cuda")]
     scale = torch.ones(1, device="cuda")
     copy = torch.empty_like(state[4])
     extra = {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
     for operation, moved_bytes, run in (
         ("adamw_split", UPDATE_BYTES * numel, lambda: adamw_split_(*state, SCALARS, scale)),
+        (
+            "adamw_split_8bit",
+            UPDATE_8BIT_BYTES * numel,
+            lambda: adamw_split_8bit_(*state_8bit, SCALARS, scale),
+        ),
         ("sum_of_squares", 2 * numel, lambda: sum_of_squares(state[2])),
         ("copy", 8 * numel, lambda: copy.copy_(state[3])),
     ):

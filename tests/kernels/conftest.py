@@ -12,7 +12,7 @@ KERNELS_DIR = Path(__file__).resolve().parents[2] / "kernels"
 if importlib.util.find_spec("slideformer_kernels") is None:
     sys.path.insert(0, str(KERNELS_DIR))
 
-INTEGER_OF_WIDTH = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_WIDTH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,6 +90,87 @@ def make_state() -> Callable[..., dict[str, torch.Tensor]]:
                 state[name][1024 : 1024 + noise] = random_bits(noise, generator)
         state["grad"] = state["grad"].to(grad_dtype)
         return state
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_8bit_state(make_state) -> Callable[..., dict[str, torch.Tensor]]:
+    """Make inputs of one update on 8-bit moments, of each kind that a block can be.
+
+    Unless ``gentle``: all codes, also those that no step stores, with scales of every kind, and in each eighth
+    block gradients so small that the new scales lie around the smallest one stored.
+    """
+
+    def make(
+        numel: int, grad_dtype: torch.dtype, seed: int = 0, gentle: bool = False
+    ) -> dict[str, torch.Tensor]:
+        from slideformer_kernels import MOMENT_BLOCK_NUMEL, quantize_moments
+
+        state = make_state(numel, grad_dtype, seed, gentle)
+        calm = make_state(numel, torch.float32, seed + 1, gentle=True)
+        codes = list(quantize_moments(calm["exp_avg"], calm["exp_avg_sq"]))
+        if not gentle:
+            generator = torch.Generator().manual_seed(seed + 2)
+            codes[0] = torch.randint(-128, 128, (numel,), dtype=torch.int8, generator=generator)
+            codes[2] = torch.randint(0, 256, (numel,), dtype=torch.uint8, generator=generator)
+            block = torch.arange(codes[1].numel())
+            for index, scale in enumerate((codes[1], codes[3])):
+                special = SPECIAL[(block // 8 + 5 * index) % SPECIAL.numel()]
+                scale.copy_(torch.where(block % 8 == 5, special, scale))
+                noise = random_bits(block.numel(), generator)
+                scale.copy_(torch.where(block % 8 == 6, noise, scale))
+                scale[block % 8 == 7] = 0.0
+            is_tiny = (torch.arange(numel) // MOMENT_BLOCK_NUMEL) % 8 == 7
+            exponents = torch.randint(-160, -90, (block.numel(),), generator=generator)
+            tiny = 2.0 ** exponents.float().repeat_interleave(MOMENT_BLOCK_NUMEL)[:numel] * calm["param"]
+            state["grad"] = torch.where(is_tiny, tiny.to(grad_dtype), state["grad"])
+        names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        return {
+            "param": state["param"],
+            "grad": state["grad"],
+            **dict(zip(names, codes, strict=True)),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_8bit_edges() -> Callable[[], list[tuple[dict[str, torch.Tensor], object]]]:
+    """Make operands and scalars of updates that meet the edges of quantisation exactly.
+
+    With both betas 0 the new moments are the gradient and its magnitude: ties between all pairs of codes, and
+    the smallest scale with its neighbour below. Then a short block whose only second moment is infinite.
+    """
+
+    def make() -> list[tuple[dict[str, torch.Tensor], object]]:
+        from slideformer_kernels import adamw_scalars, quantize_moments
+
+        halves = torch.arange(255) + 0.5
+        smallest = torch.zeros(256)
+        smallest[7], smallest[200] = -(2.0**-100), 2.0**-100 * (1 - 2.0**-24)
+        grad = torch.cat(
+            [
+                -halves[:127].square(),
+                torch.tensor([127.0**2]),
+                halves[:127].square(),
+                torch.tensor([255.0**2]),
+                halves[127:].square().repeat_interleave(2)[:127],
+                torch.tensor([-(255.0**2)]),
+                smallest,
+            ]
+        )
+        zeros = quantize_moments(torch.zeros_like(grad), torch.zeros_like(grad))
+        options = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+        names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+        edges = {"param": grad.cos(), "grad": grad, **dict(zip(names, zeros, strict=True))}
+        codes = list(quantize_moments(torch.ones(129), torch.ones(129)))
+        codes[3][1] = float("inf")
+        short = {"param": torch.ones(129), "grad": torch.ones(129), **dict(zip(names, codes, strict=True))}
+        return [
+            (edges, adamw_scalars(beta1=0.0, beta2=0.0, **options)),
+            (short, adamw_scalars(beta1=0.9, beta2=0.999, **options)),
+        ]
 
     return make
 

@@ -56,6 +56,29 @@ def adamw(is_split: bool, grad: str, scale_is_pointer: bool, target: GPUTarget) 
     return compiled(gpu._adamw_kernel, signature, constants, target)
 
 
+def adamw_8bit(is_split: bool, grad: str, scale_is_pointer: bool, target: GPUTarget) -> str:
+    signature = {
+        "master_ptr": "*i16" if is_split else "*i32",
+        "lo_ptr": "*i16" if is_split else "*i32",
+        "grad_ptr": BITS[grad],
+        "exp_avg_ptr": "*i8",
+        "exp_avg_scale_ptr": "*i32",
+        "exp_avg_sq_ptr": "*u8",
+        "exp_avg_sq_scale_ptr": "*i32",
+        "grad_scale": "*fp32" if scale_is_pointer else "fp32",
+        **dict.fromkeys(SCALARS, "fp32"),
+        "numel": "i32",
+    }
+    constants = {
+        "IS_SPLIT": is_split,
+        "SCALE_IS_POINTER": scale_is_pointer,
+        "INTERPRETED": False,
+        "BLOCKS": gpu.BLOCK_MOMENT_BLOCKS,
+        "BLOCK": gpu.MOMENT_BLOCK_NUMEL,
+    }
+    return compiled(gpu._adamw_8bit_kernel, signature, constants, target)
+
+
 def row_sums(kind: str, target: GPUTarget) -> str:
     signature = {"values_ptr": BITS[kind], "sums_ptr": "*i64", "numel": "i64", "rows": "i32"}
     constants = {"LOG2_SEGMENT": gpu.LOG2_SEGMENT_NUMEL, "ROWS": gpu.BLOCK_ROWS}
@@ -72,6 +95,8 @@ def compile_most(target: GPUTarget) -> dict[str, str]:
     return {
         "adamw_split_bf16": adamw(True, "bf16", False, target),
         "adamw_fp32_fp32_scaled": adamw(False, "fp32", True, target),
+        "adamw_split_8bit_bf16": adamw_8bit(True, "bf16", False, target),
+        "adamw_fp32_8bit_fp32_scaled": adamw_8bit(False, "fp32", True, target),
         "row_sums_bf16": row_sums("bf16", target),
         "row_sums_fp64": row_sums("fp64", target),
         "accumulate_bf16": accumulate("bf16", target),
@@ -83,6 +108,8 @@ def compile_rest(target: GPUTarget) -> dict[str, str]:
     return {
         "adamw_split_fp32_scaled": adamw(True, "fp32", True, target),
         "adamw_fp32_bf16": adamw(False, "bf16", False, target),
+        "adamw_split_8bit_fp32_scaled": adamw_8bit(True, "fp32", True, target),
+        "adamw_fp32_8bit_bf16": adamw_8bit(False, "bf16", False, target),
         "row_sums_fp32": row_sums("fp32", target),
         "accumulate_fp32": accumulate("fp32", target),
     }

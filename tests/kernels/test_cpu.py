@@ -10,9 +10,13 @@ import torch
 from slideformer_kernels import AdamWScalars, adamw_scalars, build, cpu, reference
 
 SIZES = [0, 1, 31, 1023, 1024, 1025, 100003]
+SIZES_8BIT = [0, 1, 127, 128, 129, 1025, 100003]
 GRAD_DTYPES = [torch.bfloat16, torch.float32]
 
 pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C compiler")
+
+
+CODES = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
 
 
 def clone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -21,7 +25,7 @@ def clone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def split_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     hi, lo = reference.split_master(state["param"])
-    return {"hi": hi, "lo": lo, **{name: state[name] for name in ("grad", "exp_avg", "exp_avg_sq")}}
+    return {"hi": hi, "lo": lo, **{name: tensor for name, tensor in state.items() if name != "param"}}
 
 
 STEPS = ((1, 1.0, 0.0), (2, 0.3712345, 0.1), (1000, 1.0, 0.01))
@@ -32,17 +36,34 @@ def scalars_of(step: int, weight_decay: float) -> AdamWScalars:
     return adamw_scalars(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step)
 
 
+UPDATES = [
+    *((update, numel) for update in ("adamw_fp32_", "adamw_split_") for numel in SIZES),
+    *((update, numel) for update in ("adamw_fp32_8bit_", "adamw_split_8bit_") for numel in SIZES_8BIT),
+]
+
+
 @pytest.fixture(scope="module")
-def expected_states(make_state):
+def start_of(make_state, make_8bit_state):
+    """Make the operands of the named update."""
+
+    def make(
+        update: str, numel: int, grad_dtype: torch.dtype = torch.bfloat16, **options: object
+    ) -> dict[str, torch.Tensor]:
+        start = (make_8bit_state if "8bit" in update else make_state)(numel, grad_dtype, **options)
+        return split_state(start) if "split" in update else start
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def expected_states(start_of):
     """Compute the start and the reference's state after each step, once for all instruction sets."""
 
     @functools.cache
     def compute(
         update: str, numel: int, grad_dtype: torch.dtype
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-        start = make_state(numel, grad_dtype)
-        if update == "adamw_split_":
-            start = split_state(start)
+        start = start_of(update, numel, grad_dtype)
         state, after = clone(start), []
         for step, grad_scale, weight_decay in STEPS:
             getattr(reference, update)(*state.values(), scalars_of(step, weight_decay), grad_scale)
@@ -52,9 +73,8 @@ def expected_states(make_state):
     return compute
 
 
-@pytest.mark.parametrize("update", ["adamw_fp32_", "adamw_split_"])
+@pytest.mark.parametrize(("update", "numel"), UPDATES)
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
-@pytest.mark.parametrize("numel", SIZES)
 def test_updates_have_the_reference_bits(isa, numel, grad_dtype, update, expected_states, assert_same_bits):
     start, after = expected_states(update, numel, grad_dtype)
     state = clone(start)
@@ -62,6 +82,34 @@ def test_updates_have_the_reference_bits(isa, numel, grad_dtype, update, expecte
         getattr(cpu, update)(*state.values(), scalars_of(step, weight_decay), grad_scale, threads=2)
         for name in state:
             assert_same_bits(state[name], expected[name], f"step {step} {name}")
+
+
+def test_edges_of_8bit_moments_have_the_reference_bits(isa, make_8bit_edges, assert_same_bits):
+    for ours, scalars in make_8bit_edges():
+        theirs = clone(ours)
+        cpu.adamw_fp32_8bit_(*ours.values(), scalars)
+        reference.adamw_fp32_8bit_(*theirs.values(), scalars)
+        for name in ours:
+            assert_same_bits(ours[name], theirs[name], name)
+
+
+@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
+def test_many_steps_on_8bit_moments_have_the_reference_bits(isa, update, start_of, assert_same_bits):
+    """What one step stores the next one reads, and gradients change by decades between steps."""
+    ours = start_of(update, 5000, torch.bfloat16, seed=3, gentle=True)
+    for name in CODES:
+        ours[name].zero_()
+    theirs = clone(ours)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1, 61):
+        grad = torch.randn(5000, generator=generator) * torch.randn(5000, generator=generator).exp()
+        grad[(torch.arange(5000) // 500) == step % 10] = 0.0
+        ours["grad"] = theirs["grad"] = grad.bfloat16()
+        getattr(cpu, update)(*ours.values(), scalars_of(step, 0.1), threads=2)
+        getattr(reference, update)(*theirs.values(), scalars_of(step, 0.1))
+    for name in ours:
+        assert_same_bits(ours[name], theirs[name], name)
+    assert min(len(ours[name].unique()) for name in ("exp_avg", "exp_avg_sq")) > 150
 
 
 @pytest.mark.parametrize("numel", SIZES)
@@ -100,35 +148,42 @@ def test_sum_of_squares_of_several_levels(isa):
     assert cpu.sum_of_squares(x) == reference.sum_of_squares(x)
 
 
-def test_unaligned_buffers(isa, make_state, assert_same_bits):
+@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
+def test_unaligned_buffers(isa, update, start_of, assert_same_bits):
     scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    state = split_state(make_state(2001, torch.bfloat16))
+    # 2049 elements have 17 scales, 2048 have 16: cutting off one of each leaves operands that fit.
+    state = start_of(update, 2049)
     ours = {name: tensor[1:].view(-1) for name, tensor in clone(state).items()}
     theirs = {name: tensor[1:].clone() for name, tensor in state.items()}
-    cpu.adamw_split_(*ours.values(), scalars)
-    reference.adamw_split_(*theirs.values(), scalars)
+    getattr(cpu, update)(*ours.values(), scalars)
+    getattr(reference, update)(*theirs.values(), scalars)
     for name in ours:
         assert_same_bits(ours[name], theirs[name], name)
 
 
-def test_nothing_beyond_the_end_is_written(isa, make_state):
+@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
+@pytest.mark.parametrize("numel", [1037, 1152])
+def test_nothing_beyond_the_end_is_written(isa, update, numel, start_of):
     scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    state = split_state(make_state(1100, torch.bfloat16, gentle=True))
+    state = start_of(update, 1500, gentle=True)
     before = clone(state)
-    cpu.adamw_split_(*(tensor[:1037] for tensor in state.values()), scalars)
-    for name in state:
-        assert torch.equal(state[name][1037:], before[name][1037:]), name
-    assert not torch.equal(state["hi"][:1037], before["hi"][:1037])
+    ends = {name: -(-numel // 128) if name.endswith("_scale") else numel for name in state}
+    getattr(cpu, update)(*(tensor[: ends[name]] for name, tensor in state.items()), scalars)
+    for name, end in ends.items():
+        assert torch.equal(state[name][end:], before[name][end:]), name
+        if name not in ("grad", "lo"):
+            assert not torch.equal(state[name][:end], before[name][:end]), name
 
 
-def test_number_of_threads_does_not_change_bits(make_state, assert_same_bits):
+@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
+def test_number_of_threads_does_not_change_bits(update, start_of, assert_same_bits):
     scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=4)
-    start = split_state(make_state(300_007, torch.bfloat16))
+    start = start_of(update, 300_007)
     results = []
     for threads in (1, 2, 3, 7, 16):
         state = clone(start)
-        cpu.adamw_split_(*state.values(), scalars, 0.5, threads=threads)
-        results.append((state, cpu.sum_of_squares(state["exp_avg"][6000:], threads=threads)))
+        getattr(cpu, update)(*state.values(), scalars, 0.5, threads=threads)
+        results.append((state, cpu.sum_of_squares(state["grad"][6000:], threads=threads)))
     for state, norm in results[1:]:
         assert norm == results[0][1]
         for name in state:
@@ -142,15 +197,24 @@ def test_flush_to_zero_of_the_caller_does_not_matter(isa, assert_same_bits):
     expected = [tensor.clone() for tensor in state]
     reference.adamw_fp32_(*expected, scalars)
     assert (expected[2] > 0).all() and (expected[2] < 1e-39).all()
+    # Denormal parameters and, through a small scale, denormal second moments.
+    small = {
+        "param": torch.full((300,), 1e-40),
+        "grad": torch.full((300,), 2.0**-66).bfloat16(),
+        **dict(zip(CODES, reference.quantize_moments(*torch.full((2, 300), 2.0**-66)), strict=True)),
+    }
+    expected_small = clone(small)
+    reference.adamw_fp32_8bit_(*expected_small.values(), scalars)
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU does not flush denormals")
     try:
         cpu.adamw_fp32_(*state, scalars)
+        cpu.adamw_fp32_8bit_(*small.values(), scalars)
         still_flushed = (torch.tensor([1e-40]) * 1.0).item() == 0.0
     finally:
         torch.set_flush_denormal(False)
     assert still_flushed
-    for actual, wanted in zip(state, expected, strict=True):
+    for actual, wanted in zip([*state, *small.values()], [*expected, *expected_small.values()], strict=True):
         assert_same_bits(actual, wanted)
 
 
@@ -187,6 +251,40 @@ def test_in_place_writes_are_seen_by_autograd():
     cpu.adamw_fp32_(weight, torch.ones(4), *state, scalars)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
+def test_all_that_an_8bit_update_writes_is_marked_as_written(update, start_of):
+    state = start_of(update, 200, gentle=True)
+    versions = {name: tensor._version for name, tensor in state.items()}
+    getattr(cpu, update)(*state.values(), scalars_of(1, 0.0))
+    written = {name for name, tensor in state.items() if tensor._version > versions[name]}
+    assert written == set(state) - {"grad"}
+
+
+@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
+@pytest.mark.parametrize("module", [cpu, reference])
+def test_bad_8bit_arguments_are_refused_with_numbers(module, update, start_of):
+    good = start_of(update, 300, gentle=True)
+    for name, bad, message in (
+        ("exp_avg", torch.zeros(300), "exp_avg has dtype torch.float32, wanted torch.int8"),
+        ("exp_avg", good["exp_avg_sq"], "exp_avg has dtype torch.uint8, wanted torch.int8"),
+        ("exp_avg_sq", good["exp_avg"], "exp_avg_sq has dtype torch.int8, wanted torch.uint8"),
+        ("exp_avg_sq", good["exp_avg_sq"][:299], "exp_avg_sq has 299 elements, .* has 300"),
+        ("exp_avg_scale", torch.zeros(300), "exp_avg_sq_scale has 3 elements, exp_avg_scale has 300"),
+        ("exp_avg_sq_scale", torch.zeros(2), "exp_avg_sq_scale has 2 elements, exp_avg_scale has 3"),
+        ("exp_avg_scale", torch.zeros(3).bfloat16(), "exp_avg_scale has dtype torch.bfloat16"),
+        ("exp_avg_sq_scale", torch.zeros(6)[::2], "exp_avg_sq_scale is not contiguous"),
+        ("grad", good["grad"].half(), "grad has dtype torch.float16"),
+    ):
+        with pytest.raises(ValueError, match=f"{update}: {message}"):
+            getattr(module, update)(*{**good, name: bad}.values(), scalars_of(1, 0.0))
+    scales = {"exp_avg_scale": torch.zeros(4), "exp_avg_sq_scale": torch.zeros(4)}
+    with pytest.raises(ValueError, match="exp_avg_scale has 4 elements, 300 codes want 3"):
+        getattr(module, update)(*{**good, **scales}.values(), scalars_of(1, 0.0))
+    scales = {name: torch.zeros(3, device="meta") for name in scales}
+    with pytest.raises(ValueError, match="exp_avg_scale is on meta, exp_avg is on cpu"):
+        getattr(module, update)(*{**good, **scales}.values(), scalars_of(1, 0.0))
 
 
 def test_bad_arguments_are_refused_with_numbers():

@@ -5,9 +5,13 @@ import torch
 from slideformer_kernels import (
     accumulate_,
     adamw_fp32_,
+    adamw_fp32_8bit_,
     adamw_scalars,
     adamw_split_,
+    adamw_split_8bit_,
+    dequantize_moments,
     join_master,
+    quantize_moments,
     reference,
     split_master,
     sum_of_squares,
@@ -18,6 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+SIZES_8BIT = [0, 1, 127, 128, 129, 1025, 100003, 1 << 21]
 SIZES = [0, 1, 31, 1023, 1024, 1025, 100003, 1 << 21]
 GRAD_DTYPES = [torch.bfloat16, torch.float32]
 
@@ -50,6 +55,59 @@ def test_updates_have_the_reference_bits(numel, grad_dtype, scale_on_device, mak
                 assert_same_bits(a, b, f"{name} step {step} operand {i}")
 
 
+@pytest.mark.parametrize("scale_on_device", [False, True])
+@pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
+@pytest.mark.parametrize("numel", SIZES_8BIT)
+def test_8bit_updates_have_the_reference_bits(
+    numel, grad_dtype, scale_on_device, make_8bit_state, assert_same_bits
+):
+    for gentle in (False, True):
+        state = make_8bit_state(numel, grad_dtype, gentle=gentle)
+        param, *others = state.values()
+        for update, name, operands in (
+            (adamw_fp32_8bit_, "adamw_fp32_8bit_", list(state.values())),
+            (adamw_split_8bit_, "adamw_split_8bit_", [*reference.split_master(param), *others]),
+        ):
+            theirs = [x.clone() for x in operands]
+            ours = to_gpu(operands)
+            for step, scale, weight_decay in ((1, 1.0, 0.0), (2, 0.3712345, 0.1), (1000, 1.0, 0.01)):
+                scalars = adamw_scalars(
+                    lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step
+                )
+                scale_argument = torch.tensor([scale], device="cuda") if scale_on_device else scale
+                update(*ours, scalars, scale_argument)
+                getattr(reference, name)(*theirs, scalars, scale)
+                for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                    assert_same_bits(a, b, f"{name} step {step} operand {i}")
+
+
+def test_edges_of_8bit_moments_have_the_reference_bits(make_8bit_edges, assert_same_bits):
+    for state, scalars in make_8bit_edges():
+        ours = to_gpu(state.values())
+        adamw_fp32_8bit_(*ours, scalars)
+        reference.adamw_fp32_8bit_(*state.values(), scalars)
+        for name, tensor in zip(state, ours, strict=True):
+            assert_same_bits(tensor, state[name], name)
+
+
+@pytest.mark.parametrize("numel", SIZES_8BIT)
+def test_conversion_of_moments_has_the_reference_bits(numel, make_state, make_8bit_state, assert_same_bits):
+    for gentle in (True, False):
+        state = make_state(numel, torch.float32, gentle=gentle)
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        for ours, theirs in zip(
+            quantize_moments(*to_gpu(moments)), reference.quantize_moments(*moments), strict=True
+        ):
+            assert ours.is_cuda
+            assert_same_bits(ours, theirs)
+        codes = list(make_8bit_state(numel, torch.float32, gentle=gentle).values())[2:]
+        for ours, theirs in zip(
+            dequantize_moments(*to_gpu(codes)), reference.dequantize_moments(*codes), strict=True
+        ):
+            assert ours.is_cuda
+            assert_same_bits(ours, theirs)
+
+
 @pytest.mark.parametrize("dtype", GRAD_DTYPES, ids=str)
 @pytest.mark.parametrize("numel", SIZES)
 def test_sum_of_squares_has_the_reference_bits(numel, dtype, make_state, assert_same_bits):
@@ -80,6 +138,7 @@ def test_no_step_waits_for_the_device_or_compiles(make_state):
     from slideformer_kernels import gpu
 
     state = to_gpu(make_state(4096, torch.bfloat16, gentle=True).values())
+    codes = quantize_moments(*(torch.zeros(4096, device="cuda") for _ in range(2)))
     scale = torch.ones(1, device="cuda")
 
     def one_step(step: int) -> torch.Tensor:
@@ -88,17 +147,24 @@ def test_no_step_waits_for_the_device_or_compiles(make_state):
         )
         adamw_fp32_(*state, scalars, scale)
         adamw_fp32_(*state, scalars, 1.0 / step)
+        adamw_fp32_8bit_(*state[:2], *codes, scalars, scale)
+        adamw_fp32_8bit_(*state[:2], *codes, scalars, 1.0 / step)
         return sum_of_squares(state[1])
 
+    def compiled_kernels() -> int:
+        device = torch.cuda.current_device()
+        kernels = (gpu._adamw_kernel, gpu._adamw_8bit_kernel)
+        return sum(len(kernel.device_caches[device][0]) for kernel in kernels)
+
     one_step(1)
-    kernels_before = len(gpu._adamw_kernel.device_caches[torch.cuda.current_device()][0])
+    kernels_before = compiled_kernels()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(1, 6):
             one_step(step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len(gpu._adamw_kernel.device_caches[torch.cuda.current_device()][0]) == kernels_before
+    assert compiled_kernels() == kernels_before
 
 
 def test_mixed_devices_are_refused():

@@ -8,6 +8,14 @@
 #define PREFETCH_NUMEL 512
 #define prefetch(address) _mm_prefetch((const char *)(address), _MM_HINT_T0)
 
+TARGET INLINE uint32_t highest_u32_avx2(__m256i a)
+{
+    __m128i x = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0x4E));
+    x = _mm_max_epu32(x, _mm_shuffle_epi32(x, 0xB1));
+    return (uint32_t)_mm_cvtsi128_si32(x);
+}
+
 #define vf_set1(x) _mm256_set1_ps(x)
 #define vf_load(p) _mm256_loadu_ps(p)
 #define vf_store(p, x) _mm256_storeu_ps(p, x)
@@ -34,5 +42,25 @@
 #define vi_store_i16(p, x)                                                                                  \
     _mm_storeu_si128((__m128i *)(p),                                                                        \
                      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)))
+#define vi_store_i8(p, x)                                                                                   \
+    _mm_storel_epi64((__m128i *)(p),                                                                        \
+                     _mm_packs_epi16(_mm_packs_epi32(_mm256_castsi256_si128(x),                             \
+                                                     _mm256_extracti128_si256(x, 1)),                       \
+                                     _mm_setzero_si128()))
+#define vi_store_u8(p, x)                                                                                   \
+    _mm_storel_epi64((__m128i *)(p),                                                                        \
+                     _mm_packus_epi16(_mm_packs_epi32(_mm256_castsi256_si128(x),                            \
+                                                      _mm256_extracti128_si256(x, 1)),                      \
+                                      _mm_setzero_si128()))
+/* In range of int32; rounds as MXCSR says, which is to nearest even here. */
+#define vi_round(x) _mm256_cvtps_epi32(x)
+#define vf_of_int(a) _mm256_cvtepi32_ps(a)
+#define vi_and(a, b) _mm256_and_si256(a, b)
+#define vi_or(a, b) _mm256_or_si256(a, b)
+#define vi_max_u32(a, b) _mm256_max_epu32(a, b)
+#define vi_min_u32(a, b) _mm256_min_epu32(a, b)
+#define vi_highest_u32(a) highest_u32_avx2(a)
+#define vi_load_i8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
+#define vi_load_u8(p) _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(p)))
 #define vi_replace_where_nan(x, otherwise, if_nan)                                                          \
     _mm256_blendv_epi8(otherwise, if_nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)))

@@ -29,5 +29,17 @@
 #define vi_load_i16(p) _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)(p)))
 #define vi_store_u16(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16(x))
 #define vi_store_i16(p, x) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtepi32_epi16(x))
+/* In range of int32; rounds as MXCSR says, which is to nearest even here. */
+#define vi_round(x) _mm512_cvtps_epi32(x)
+#define vf_of_int(a) _mm512_cvtepi32_ps(a)
+#define vi_and(a, b) _mm512_and_si512(a, b)
+#define vi_or(a, b) _mm512_or_si512(a, b)
+#define vi_max_u32(a, b) _mm512_max_epu32(a, b)
+#define vi_min_u32(a, b) _mm512_min_epu32(a, b)
+#define vi_highest_u32(a) _mm512_reduce_max_epu32(a)
+#define vi_load_i8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define vi_load_u8(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(p)))
+#define vi_store_i8(p, x) _mm_storeu_si128((__m128i *)(p), _mm512_cvtepi32_epi8(x))
+#define vi_store_u8(p, x) _mm_storeu_si128((__m128i *)(p), _mm512_cvtepi32_epi8(x))
 #define vi_replace_where_nan(x, otherwise, if_nan)                                                          \
     _mm512_mask_mov_epi32(otherwise, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), if_nan)

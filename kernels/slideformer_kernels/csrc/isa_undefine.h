@@ -27,4 +27,15 @@
 #undef vi_load_i16
 #undef vi_store_u16
 #undef vi_store_i16
+#undef vi_round
+#undef vf_of_int
+#undef vi_and
+#undef vi_or
+#undef vi_max_u32
+#undef vi_min_u32
+#undef vi_highest_u32
+#undef vi_load_i8
+#undef vi_load_u8
+#undef vi_store_i8
+#undef vi_store_u8
 #undef vi_replace_where_nan

@@ -38,10 +38,18 @@ enum { STATUS_OK = 0, STATUS_UNSUPPORTED_ISA = 1, STATUS_NO_MEMORY = 2 };
 enum { ROW = 1024 };
 
 #define CANONICAL_NAN 0x7FC00000u
+#define INFINITY_BITS 0x7F800000u
+
+/* Of the 8-bit moments. */
+enum { MOMENT_BLOCK = 128 };
+#define EXP_AVG_LEVELS 16129.0f
+#define EXP_AVG_SQ_LEVELS 65025.0f
+#define SMALLEST_SCALE_BITS 0x0D800000u /* 2**-100 */
 
 /* A thread is worth waking for this many elements (about 0.1 ms of work). */
 #define GRAIN_NUMEL 32768
-/* Threads meet at multiples of this: 2 KiB of bf16, so no cache line is shared by two writers. */
+/* Threads meet at multiples of this: whole blocks of 8-bit moments, and 1 KiB of their codes, so no cache line
+ * but those of scales is shared by two writers. */
 #define BOUNDARY_NUMEL 1024
 
 typedef struct {
@@ -49,8 +57,12 @@ typedef struct {
     int16_t *lo;
     float *param; /* plain fp32 master, or NULL */
     const void *grad;
-    float *exp_avg;
+    float *exp_avg; /* fp32 moments, or NULL */
     float *exp_avg_sq;
+    int8_t *exp_avg_codes; /* 8-bit moments with their scales, or NULL */
+    float *exp_avg_scale;
+    uint8_t *exp_avg_sq_codes;
+    float *exp_avg_sq_scale;
     float decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size;
     float grad_scale;
 } adamw_args;
@@ -77,6 +89,7 @@ typedef void (*range_function)(const void *args, int64_t begin, int64_t end);
 
 typedef struct {
     range_function adamw_split_bf16, adamw_split_fp32, adamw_fp32_bf16, adamw_fp32_fp32;
+    range_function adamw_split_8bit_bf16, adamw_split_8bit_fp32, adamw_fp32_8bit_bf16, adamw_fp32_8bit_fp32;
     range_function accumulate_bf16, accumulate_fp32, split, join;
     range_function row_sums_bf16, row_sums_fp32, row_sums_fp64;
 } kernel_table;
@@ -278,13 +291,10 @@ EXPORT int slideformer_supports_isa(int isa)
 }
 
 /* scalars: decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size,
- * grad_scale. Exactly one of (hi, lo) and param is given. */
-static adamw_args adamw_args_of(const void *grad, float *exp_avg, float *exp_avg_sq, const float *scalars)
+ * grad_scale. The caller adds the tensors. */
+static adamw_args adamw_args_of(const float *scalars)
 {
     adamw_args args = {
-        .grad = grad,
-        .exp_avg = exp_avg,
-        .exp_avg_sq = exp_avg_sq,
         .decay = scalars[0],
         .one_minus_beta1 = scalars[1],
         .beta2 = scalars[2],
@@ -304,9 +314,12 @@ EXPORT int slideformer_adamw_split(uint16_t *hi, int16_t *lo, const void *grad, 
     const kernel_table *kernels = kernels_for(isa);
     if (!kernels)
         return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(grad, exp_avg, exp_avg_sq, scalars);
+    adamw_args args = adamw_args_of(scalars);
     args.hi = hi;
     args.lo = lo;
+    args.grad = grad;
+    args.exp_avg = exp_avg;
+    args.exp_avg_sq = exp_avg_sq;
     run_elements(grad_is_bf16 ? kernels->adamw_split_bf16 : kernels->adamw_split_fp32, &args, numel, threads);
     return STATUS_OK;
 }
@@ -318,9 +331,52 @@ EXPORT int slideformer_adamw_fp32(float *param, const void *grad, int grad_is_bf
     const kernel_table *kernels = kernels_for(isa);
     if (!kernels)
         return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(grad, exp_avg, exp_avg_sq, scalars);
+    adamw_args args = adamw_args_of(scalars);
     args.param = param;
+    args.grad = grad;
+    args.exp_avg = exp_avg;
+    args.exp_avg_sq = exp_avg_sq;
     run_elements(grad_is_bf16 ? kernels->adamw_fp32_bf16 : kernels->adamw_fp32_fp32, &args, numel, threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_adamw_split_8bit(uint16_t *hi, int16_t *lo, const void *grad, int grad_is_bf16,
+                                        int8_t *exp_avg, float *exp_avg_scale, uint8_t *exp_avg_sq,
+                                        float *exp_avg_sq_scale, int64_t numel, const float *scalars, int isa,
+                                        int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    adamw_args args = adamw_args_of(scalars);
+    args.hi = hi;
+    args.lo = lo;
+    args.grad = grad;
+    args.exp_avg_codes = exp_avg;
+    args.exp_avg_scale = exp_avg_scale;
+    args.exp_avg_sq_codes = exp_avg_sq;
+    args.exp_avg_sq_scale = exp_avg_sq_scale;
+    run_elements(grad_is_bf16 ? kernels->adamw_split_8bit_bf16 : kernels->adamw_split_8bit_fp32, &args, numel,
+                 threads);
+    return STATUS_OK;
+}
+
+EXPORT int slideformer_adamw_fp32_8bit(float *param, const void *grad, int grad_is_bf16, int8_t *exp_avg,
+                                       float *exp_avg_scale, uint8_t *exp_avg_sq, float *exp_avg_sq_scale,
+                                       int64_t numel, const float *scalars, int isa, int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    adamw_args args = adamw_args_of(scalars);
+    args.param = param;
+    args.grad = grad;
+    args.exp_avg_codes = exp_avg;
+    args.exp_avg_scale = exp_avg_scale;
+    args.exp_avg_sq_codes = exp_avg_sq;
+    args.exp_avg_sq_scale = exp_avg_sq_scale;
+    run_elements(grad_is_bf16 ? kernels->adamw_fp32_8bit_bf16 : kernels->adamw_fp32_8bit_fp32, &args, numel,
+                 threads);
     return STATUS_OK;
 }
 
