@@ -22,6 +22,7 @@ from .checkpoint import set_saved_dtype
 from .config import SlideConfig
 from .engine.blueprint import Blueprint, find_budgets
 from .engine.engine import SlideEngine, engine_of
+from .engine.loss import DeferredLogits
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
@@ -88,7 +89,9 @@ class SlideTrainerMixin(_Trainer):
         ConfigError, UnsupportedModelError, PlanError: at construction, before anything is moved.
     """
 
-    optimizer_cls_and_kwargs: Any  # Trainer's
+    # Trainer's
+    optimizer_cls_and_kwargs: Any
+    label_smoother: Any
 
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
         self._slide_config = SlideConfig.of(slide_config)
@@ -99,6 +102,8 @@ class SlideTrainerMixin(_Trainer):
         if self.slide.engine is None:  # a model that streams already has its place
             budgets = find_budgets(self._slide_config, self.args.device)
             check_budgets(self._blueprint().plan(training=True), budgets)
+        if self.label_smoother is not None:
+            self.label_smoother = _FusedLabelSmoother(self.label_smoother)
         self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
 
     # -- construction ----------------------------------------------------------------------------------------
@@ -163,6 +168,12 @@ class SlideTrainerMixin(_Trainer):
         for flag in ("gradient_checkpointing", "activation_checkpointing"):
             if getattr(args, flag, False):
                 setattr(args, flag, False)
+        if args.use_liger_kernel and self._slide_config.loss != "model":
+            # Liger's layers, and our loss head; Liger's own head on request.
+            args.liger_kernel_config = {
+                "fused_linear_cross_entropy": False,
+                **(args.liger_kernel_config or {}),
+            }
         _check_writable(Path(args.output_dir))
 
     def _check_model(self, model: nn.Module) -> None:
@@ -282,6 +293,31 @@ def _drain_on(event: str):
 
 for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_init_end"]:
     setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
+
+
+class _FusedLabelSmoother:
+    """Trainer's `LabelSmoother`, by the fused loss where the logits are deferred."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __call__(
+        self, model_output: Any, labels: torch.Tensor, shift_labels: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if not isinstance(logits, DeferredLogits):
+            return self._original(model_output, labels, shift_labels=shift_labels, **kwargs)
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        items = kwargs.get("num_items_in_batch")
+        loss = nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels.reshape(-1),
+            ignore_index=self._original.ignore_index,
+            reduction="mean" if items is None else "sum",
+            label_smoothing=self._original.epsilon,
+        )
+        return loss if items is None else loss / (items.to(loss.device) if torch.is_tensor(items) else items)
 
 
 def _check_writable(directory: Path) -> None:

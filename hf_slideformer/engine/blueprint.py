@@ -11,8 +11,9 @@ from torch import nn
 from ..config import SlideConfig, parse_bytes
 from ..errors import ConfigError, UnsupportedModelError
 from ..hardware import available_gpu_bytes, available_ram_bytes
-from ..memory.layout import ParamSpec, UnitLayout, lay_out
+from ..memory.layout import FP32_MOMENTS, MOMENT_FORMATS, MomentFormat, ParamSpec, UnitLayout, lay_out
 from ..planner.plan import Budgets, Plan, make_plan
+from .loss import HeadChoice, find_head
 from .units import UnitModule, check_no_hooks, find_units, param_spec
 
 # One slot in use, the rest arriving: bursts of late copies are absorbed by the one beyond the minimum.
@@ -35,7 +36,9 @@ class Blueprint:
     slots: int
     staging_buffers: int
     overlapped: bool
+    head: HeadChoice
     accumulates: bool
+    moments: MomentFormat
     on_gpu: bool
 
     @classmethod
@@ -95,7 +98,9 @@ class Blueprint:
             slots=min(_SLOTS, max(2, len(units))),
             staging_buffers=staging,
             overlapped=overlapped,
+            head=find_head(model, mode=config.loss, on_gpu=on_gpu),
             accumulates=accumulates,
+            moments=MOMENT_FORMATS[config.optimizer_states],
             on_gpu=on_gpu,
         )
 
@@ -107,6 +112,11 @@ class Blueprint:
                 "fp32 weights with bf16=True are exact fp32 masters that compute in bf16, residual stream included; "
                 "they are saved in fp32"
             )
+        if training and self.moments is not FP32_MOMENTS:
+            notes.append(
+                "8-bit moments are rounded at every update: results differ from those of plain AdamW"
+            )
+        notes.append(self.head.note)
         return make_plan(
             layouts=self.layouts,
             resident=self.resident,
@@ -114,6 +124,7 @@ class Blueprint:
             training=training,
             overlapped=self.overlapped,
             fp32_sums=self.accumulates,
+            moments=self.moments,
             staging_buffers=self.staging_buffers if training else 0,
             on_gpu=self.on_gpu,
             notes=notes,

@@ -14,8 +14,10 @@ gradients have landed.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import inspect
+import logging
 import math
 import warnings
 import weakref
@@ -34,12 +36,15 @@ from ..memory.pool import SlotPool
 from ..memory.transfer import Lane
 from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
-from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit
+from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit, zero_moments
 from ..optim.worker import UpdateWorker
 from ..planner.plan import check_budgets
 from .blueprint import Blueprint, find_budgets
 from .executor import Executor, Unit, UnitForward, check_unchanged, raise_not_picklable
 from .gradients import Gradients, StagingBuffers, settle
+from .loss import defer_logits
+
+logger = logging.getLogger(__name__)
 
 
 class SlideEngine:
@@ -129,6 +134,9 @@ class SlideEngine:
         self.executor = Executor(device, units, self.pool, self, self.check)
         for unit in units:
             unit.found.module.forward = UnitForward(self.executor, unit)
+        self._logits_readers: set[str] = set()
+        if blueprint.head.module is not None:
+            defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
         self._model = weakref.ref(model)
         self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker)
@@ -218,6 +226,18 @@ class SlideEngine:
         self.states.append(state)
         self._state_of[id(state.param)] = state
 
+    def _fused_loss_ran(self, tokens: int) -> None:
+        self.metrics.add("fused_loss_tokens", tokens)
+
+    def _logits_read(self, reader: str) -> None:
+        """Say once that all logits were needed in training, and by what."""
+        if reader in self._logits_readers:
+            return
+        self._logits_readers.add(reader)
+        note = f"all logits were computed in training, because `{reader}` reads them"
+        logger.warning("%s; the loss is fused where it is torch.nn.functional.cross_entropy", note)
+        self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
+
     def attach_optimizer(self, optimizer: SlideAdamW) -> None:
         """Give the engine the optimizer of its parameters; allocates moments and gradient buffers.
 
@@ -233,16 +253,15 @@ class SlideEngine:
             self._forget_moments()
         self._group_of = self._find_groups(optimizer)
         for unit in self.executor.units:
-            unit.memory.allocate_moments()
+            unit.memory.allocate_moments(self._blueprint.moments)
             if not self.overlapped:
                 unit.memory.allocate_gradients(fp32=self._accumulates)
             for state in unit.states:
                 if state.spec.trainable:
-                    state.exp_avg, state.exp_avg_sq = unit.memory.moments(state.segment)
+                    state.moments = unit.memory.moments(state.segment)
         for state in self.states:
-            if state.unit is None and state.spec.trainable and state.exp_avg is None:
-                state.exp_avg = torch.zeros(state.spec.shape, dtype=torch.float32, device=self.device)
-                state.exp_avg_sq = torch.zeros_like(state.exp_avg)
+            if state.unit is None and state.spec.trainable and not state.moments:
+                state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
         self._optimizer = optimizer
         optimizer.bind(self)
         self.plan = self._blueprint.plan(training=True)
@@ -251,9 +270,8 @@ class SlideEngine:
     def _forget_moments(self) -> None:
         for state in self.states:
             state.step = 0
-            if state.exp_avg is not None and state.exp_avg_sq is not None:
-                state.exp_avg.zero_()
-                state.exp_avg_sq.zero_()
+            for tensor in state.moments.values():
+                tensor.zero_()
 
     def _find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
         groups = {}
@@ -473,13 +491,11 @@ class SlideEngine:
                 self._check_used_once(state)
                 state.check_outside_write()
                 state.step += 1
-                assert state.exp_avg is not None and state.exp_avg_sq is not None
                 apply_update(
                     state.weight,
                     state.residual,
                     grad.contiguous(),
-                    state.exp_avg,
-                    state.exp_avg_sq,
+                    state.moments,
                     self._hyperparams(state).scalars(state.step),
                     self._scale_of(state),
                     threads,
@@ -673,11 +689,18 @@ class SlideEngine:
     ) -> None:
         """Raise `StateError` if the model was prepared with settings that are not these."""
         overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
-        wanted = {"bf16": bf16, "accumulates": accumulates, "overlapped": overlapped, "config": config}
+        wanted = {
+            "bf16": bf16,
+            "accumulates": accumulates,
+            "overlapped": overlapped,
+            "optimizer_states": config.optimizer_states,
+            "config": config,
+        }
         have = {
             "bf16": self._bf16,
             "accumulates": self._accumulates,
             "overlapped": self.overlapped,
+            "optimizer_states": self.config.optimizer_states,
             "config": self.config,
         }
         for name, value in wanted.items():
@@ -690,12 +713,7 @@ class SlideEngine:
     @property
     def host_state_bytes(self) -> int:
         """Bytes of host buffers allocated now."""
-        total = 0
-        for unit in self.executor.units:
-            memory = unit.memory
-            for buffer in (memory.weights, memory.lo, memory.exp_avg, memory.exp_avg_sq, memory.grads):
-                total += buffer.nbytes if buffer is not None else 0
-        return total
+        return sum(buffer.nbytes for unit in self.executor.units for buffer in unit.memory.buffers())
 
     def close(self) -> None:
         """Finish pending work and end the threads. The model keeps its (host) weights."""

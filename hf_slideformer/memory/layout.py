@@ -1,15 +1,17 @@
 """Unit layouts: which bytes of a unit's flat buffers belong to which parameter. Pure data.
 
 Every parameter starts at a multiple of 128 elements in each of its buffers, so at 256 bytes or more: matrix
-libraries choose kernels by alignment, and placement must not change numbers.
+libraries choose kernels by alignment, and placement must not change numbers. Blocks of 8-bit moments are as long,
+so a parameter begins with a block of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
+from slideformer_kernels import MOMENT_BLOCK_NUMEL
 
 ALIGN_ELEMENTS = 128
 ALIGN_BYTES = 256
@@ -41,6 +43,63 @@ class ParamSpec:
         for size in self.shape:
             numel *= size
         return numel
+
+
+@dataclass(frozen=True, slots=True)
+class MomentPart:
+    """One tensor among a parameter's moments: `block_numel` consecutive elements share an entry of it.
+
+    Its name is that of the kernels' argument and of the entry in an optimizer's state dict.
+    """
+
+    name: str
+    dtype: torch.dtype
+    block_numel: int = 1
+
+    def entries(self, numel: int) -> int:
+        """Number of entries for `numel` elements."""
+        return -(-numel // self.block_numel)
+
+    def shape(self, spec: ParamSpec) -> tuple[int, ...]:
+        """The parameter's own shape, or (blocks,)."""
+        return spec.shape if self.block_numel == 1 else (self.entries(spec.numel),)
+
+
+@dataclass(frozen=True, slots=True)
+class MomentFormat:
+    """How AdamW's two moments are stored; `name` is the value of `SlideConfig.optimizer_states`."""
+
+    name: str
+    parts: tuple[MomentPart, ...]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether no element's entries depend on its neighbours."""
+        return all(part.block_numel == 1 for part in self.parts)
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of the moments of `numel` elements."""
+        return sum(part.entries(numel) * part.dtype.itemsize for part in self.parts)
+
+
+FP32_MOMENTS = MomentFormat(
+    "fp32", (MomentPart("exp_avg", torch.float32), MomentPart("exp_avg_sq", torch.float32))
+)
+EIGHT_BIT_MOMENTS = MomentFormat(
+    "8bit",
+    (
+        MomentPart("exp_avg", torch.int8),
+        MomentPart("exp_avg_scale", torch.float32, MOMENT_BLOCK_NUMEL),
+        MomentPart("exp_avg_sq", torch.uint8),
+        MomentPart("exp_avg_sq_scale", torch.float32, MOMENT_BLOCK_NUMEL),
+    ),
+)
+MOMENT_FORMATS = {moments.name: moments for moments in (FP32_MOMENTS, EIGHT_BIT_MOMENTS)}
+
+
+def moment_format_of(names: Container[str]) -> MomentFormat:
+    """The format of moments that go by these names: in an optimizer's state dict or in memory."""
+    return EIGHT_BIT_MOMENTS if "exp_avg_scale" in names else FP32_MOMENTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .layout import Segment, UnitLayout
+from .layout import MomentFormat, MomentPart, Segment, UnitLayout
 from .pinned import HostBuffer
 
 
@@ -24,16 +24,17 @@ class UnitMemory:
         self._pin = pin
         self.weights = HostBuffer(layout.weight_bytes, pin=pin)
         self.lo = HostBuffer(layout.lo_numel * 2) if layout.lo_numel else None
-        self.exp_avg: HostBuffer | None = None
-        self.exp_avg_sq: HostBuffer | None = None
+        self._moments: dict[MomentPart, HostBuffer] = {}
         self.grads: HostBuffer | None = None
         self.grads_fp32 = False
 
-    def allocate_moments(self) -> None:
-        """Map zeroed fp32 moments for the trainable parameters (once)."""
-        if self.exp_avg is None and self.layout.state_numel:
-            self.exp_avg = HostBuffer(self.layout.state_numel * 4)
-            self.exp_avg_sq = HostBuffer(self.layout.state_numel * 4)
+    def allocate_moments(self, moments: MomentFormat) -> None:
+        """Map zeroed moments for the trainable parameters (once)."""
+        if not self._moments and self.layout.state_numel:
+            self._moments = {
+                part: HostBuffer(part.entries(self.layout.state_numel) * part.dtype.itemsize)
+                for part in moments.parts
+            }
 
     def allocate_gradients(self, *, fp32: bool) -> None:
         """Map the unit's own gradient buffer (once per kind): in the weights' dtypes, or fp32 for sums."""
@@ -55,14 +56,24 @@ class UnitMemory:
         assert self.lo is not None
         return self.lo.tensor(torch.int16, segment.lo_offset * 2, segment.spec.numel).view(segment.spec.shape)
 
-    def moments(self, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        """`exp_avg` and `exp_avg_sq`, fp32, in the parameter's shape."""
-        assert self.exp_avg is not None and self.exp_avg_sq is not None
-        offset, spec = segment.state_offset * 4, segment.spec
-        return (
-            self.exp_avg.tensor(torch.float32, offset, spec.numel).view(spec.shape),
-            self.exp_avg_sq.tensor(torch.float32, offset, spec.numel).view(spec.shape),
-        )
+    def moments(self, segment: Segment) -> dict[str, torch.Tensor]:
+        """The parameter's moments by name, in its shape; scales are (blocks,)."""
+        flat = self.flat_moments(segment.state_offset, segment.spec.numel)
+        return {part.name: flat[part.name].view(part.shape(segment.spec)) for part in self._moments}
+
+    def flat_moments(self, offset: int, numel: int) -> dict[str, torch.Tensor]:
+        """The moments by name of `numel` elements from element `offset` on, where a parameter begins."""
+        return {
+            part.name: buffer.tensor(
+                part.dtype, part.entries(offset) * part.dtype.itemsize, part.entries(numel)
+            )
+            for part, buffer in self._moments.items()
+        }
+
+    def buffers(self) -> list[HostBuffer]:
+        """The buffers mapped now."""
+        every = (self.weights, self.lo, self.grads, *self._moments.values())
+        return [buffer for buffer in every if buffer is not None]
 
     def gradient(self, segment: Segment) -> torch.Tensor:
         """The parameter's place in the unit's own gradient buffer."""

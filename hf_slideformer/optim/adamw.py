@@ -1,7 +1,7 @@
 """`SlideAdamW`: the optimizer a user sees; a real `torch.optim.Optimizer` whose state lives in the engine.
 
 Mathematics: AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2), on
-fp32 master weights with fp32 moments.
+fp32 master weights. Moments are fp32, or 8-bit codes with one scale for each block of elements.
 """
 
 from __future__ import annotations
@@ -159,6 +159,9 @@ class SlideAdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """State as `torch.optim` gives it: per parameter `step`, `exp_avg`, `exp_avg_sq`, and
         `master_residual` (int16) for split masters. Tensors are the live state, not copies.
+
+        With 8-bit moments `exp_avg` is int8 and `exp_avg_sq` uint8, as they are stored, and `exp_avg_scale` and
+        `exp_avg_sq_scale` are beside them.
         """
         if self._backend is None:
             return super().state_dict()
@@ -167,14 +170,10 @@ class SlideAdamW(torch.optim.Optimizer):
         state: dict[int, dict[str, Any]] = {}
         for index, param in enumerate(self._params()):
             entry = self._backend.param_state(param)
-            if entry.exp_avg is None:
+            if not entry.moments:
                 continue
             entry.check_outside_write()
-            state[index] = {
-                "step": torch.tensor(float(entry.step)),
-                "exp_avg": entry.exp_avg,
-                "exp_avg_sq": entry.exp_avg_sq,
-            }
+            state[index] = {"step": torch.tensor(float(entry.step)), **entry.moments}
             if entry.residual is not None:
                 state[index]["master_residual"] = entry.residual
         packed["state"] = state
@@ -184,10 +183,11 @@ class SlideAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy state into place, bit for bit; a `torch.optim.AdamW` state is accepted too.
 
-        Load the model's weights first: a `master_residual` belongs to the weights it was saved with.
+        Where moments were saved in the other format (fp32 or 8-bit) they are converted. Load the model's weights
+        first: a `master_residual` belongs to the weights it was saved with.
 
         Raises:
-            CheckpointError: groups or shapes do not match this optimizer's.
+            CheckpointError: groups or shapes do not match this optimizer's; nothing was changed.
         """
         backend = self._bound()
         backend.synchronize()
@@ -199,19 +199,15 @@ class SlideAdamW(torch.optim.Optimizer):
             )
         params = self._params()
         indices = [index for group in saved for index in group["params"]]
-        for index, param in zip(indices, params, strict=True):
-            values = state_dict["state"].get(index)
-            if values is None:
-                continue
-            entry = backend.param_state(param)
-            for key in ("exp_avg", "exp_avg_sq"):
-                target = getattr(entry, key)
-                if target is None or values[key].shape != target.shape:
-                    have = "none" if target is None else tuple(target.shape)
-                    raise CheckpointError(
-                        f"{entry.name}: saved {key} has shape {tuple(values[key].shape)}, this model's has {have}"
-                    )
-                target.copy_(values[key])
+        entries = [
+            (backend.param_state(param), state_dict["state"][index])
+            for index, param in zip(indices, params, strict=True)
+            if state_dict["state"].get(index) is not None
+        ]
+        for entry, values in entries:
+            entry.check_saved_moments(values)
+        for entry, values in entries:
+            entry.load_moments(values)
             entry.check_outside_write()
             if entry.residual is not None and "master_residual" in values:
                 entry.residual.copy_(values["master_residual"])

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from slideformer_kernels import adamw_fp32_, adamw_split_, join_master, split_master
+from slideformer_kernels import (
+    adamw_fp32_,
+    adamw_fp32_8bit_,
+    adamw_split_,
+    adamw_split_8bit_,
+    dequantize_moments,
+    join_master,
+    quantize_moments,
+    split_master,
+)
 from slideformer_kernels.scalars import AdamWScalars, adamw_scalars
 
-from ..memory.layout import ALIGN_ELEMENTS, ParamSpec, Segment
+from ..errors import CheckpointError
+from ..memory.layout import (
+    ALIGN_ELEMENTS,
+    EIGHT_BIT_MOMENTS,
+    FP32_MOMENTS,
+    MomentFormat,
+    ParamSpec,
+    Segment,
+    moment_format_of,
+)
 from ..memory.manager import UnitMemory
 from ..memory.pinned import HostBuffer
+
+# By moment format, and whether the master is split.
+_KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
+    (FP32_MOMENTS.name, False): adamw_fp32_,
+    (FP32_MOMENTS.name, True): adamw_split_,
+    (EIGHT_BIT_MOMENTS.name, False): adamw_fp32_8bit_,
+    (EIGHT_BIT_MOMENTS.name, True): adamw_split_8bit_,
+}
 
 
 @dataclass(slots=True, eq=False)
@@ -19,8 +46,9 @@ class ParamState:
     """One parameter and everything the optimizer keeps for it.
 
     `weight` is the tensor behind `param.data` (bf16 `hi` half of the master where `spec.split`, else the plain
-    weights); `residual` the int16 `lo` half; moments are fp32. All have the parameter's shape, on the device
-    where the parameter is updated. `order` is the registration order in the model;
+    weights); `residual` the int16 `lo` half; `moments` by name what the format (`MomentFormat`) consists of, nothing
+    until there is an optimizer. All have the parameter's shape (scales of 8-bit moments: one entry for each block),
+    on the device where the parameter is updated. `order` is the registration order in the model;
     `unit` is None, and `segment` without offsets, for a resident parameter. `version` is
     `param._version` when the residual was last known to belong to the weights.
     """
@@ -31,8 +59,7 @@ class ParamState:
     segment: Segment
     weight: torch.Tensor
     residual: torch.Tensor | None
-    exp_avg: torch.Tensor | None = None
-    exp_avg_sq: torch.Tensor | None = None
+    moments: dict[str, torch.Tensor] = field(default_factory=dict)
     step: int = 0
     version: int = 0
 
@@ -76,6 +103,37 @@ class ParamState:
             return self.weight
         return join_master(self.weight, self.residual).view(self.spec.shape)
 
+    def check_saved_moments(self, saved: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless `saved`, of either format, holds this parameter's moments."""
+        if not self.moments:
+            raise CheckpointError(
+                f"{self.name}: the saved state has moments, but this model's parameter is frozen and has none"
+            )
+        for part in moment_format_of(saved).parts:
+            value = saved.get(part.name)
+            shape = part.shape(self.spec)
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
+                have = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else "no tensor"
+                raise CheckpointError(
+                    f"{self.name}: saved {part.name} has {have}, this model's parameter wants {shape}"
+                )
+            if value.dtype != part.dtype and not (part.dtype.is_floating_point and value.is_floating_point()):
+                raise CheckpointError(
+                    f"{self.name}: saved {part.name} has dtype {value.dtype}, wanted {part.dtype}; moments are "
+                    "fp32, or 8-bit codes with scales as hf_slideformer writes them"
+                )
+
+    def load_moments(self, saved: Mapping[str, Any]) -> None:
+        """Copy checked moments into place: bit for bit, or converted from the other format."""
+        have, want = moment_format_of(saved), moment_format_of(self.moments)
+        values = {part.name: saved[part.name] for part in have.parts}
+        if have is not want:  # where the saved tensors lie: on a GPU there may be no room for a second format
+            values = convert_moments(
+                {part.name: values[part.name].to(part.dtype) for part in have.parts}, want
+            )
+        for name, value in values.items():
+            self.moments[name].copy_(value)
+
 
 @dataclass(frozen=True, slots=True)
 class Hyperparams:
@@ -107,23 +165,40 @@ class Hyperparams:
         )
 
 
+def zero_moments(moments: MomentFormat, spec: ParamSpec, device: torch.device) -> dict[str, torch.Tensor]:
+    """The moments by name of a parameter that has not been updated yet, in tensors of their own."""
+    return {
+        part.name: torch.zeros(part.shape(spec), dtype=part.dtype, device=device) for part in moments.parts
+    }
+
+
+def convert_moments(given: Mapping[str, torch.Tensor], to: MomentFormat) -> dict[str, torch.Tensor]:
+    """Moments by name, from the other format, in new tensors beside those given.
+
+    To 8 bits they are rounded as an update would round them; to fp32 they become what the next update would read.
+    """
+    convert: Callable[..., tuple[torch.Tensor, ...]] = (
+        quantize_moments if to is EIGHT_BIT_MOMENTS else dequantize_moments
+    )
+    converted = convert(**{name: tensor.contiguous() for name, tensor in given.items()})
+    return dict(zip([part.name for part in to.parts], converted, strict=True))
+
+
 def apply_update(
     weight: torch.Tensor,
     residual: torch.Tensor | None,
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float,
     threads: int | None,
 ) -> None:
-    """One AdamW update in place on the device of its tensors."""
+    """One AdamW update in place on the device of its tensors; `moments` by name, in either format."""
     kwargs = {"threads": threads} if weight.device.type == "cpu" else {}
+    kernel = _KERNELS[moment_format_of(moments).name, residual is not None]
+    masters = (weight,) if residual is None else (weight, residual)
     with torch.no_grad():
-        if residual is None:
-            adamw_fp32_(weight, grad, exp_avg, exp_avg_sq, scalars, grad_scale, **kwargs)
-        else:
-            adamw_split_(weight, residual, grad, exp_avg, exp_avg_sq, scalars, grad_scale, **kwargs)
+        kernel(*masters, grad, **moments, scalars=scalars, grad_scale=grad_scale, **kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +217,17 @@ def plan_runs(
 ) -> list[UpdateRun]:
     """Group neighbouring parameters of a unit that one kernel call can update.
 
-    Neighbours join where they are adjacent in the unit's buffers (up to alignment padding, whose values
-    nobody reads), are stored alike, and share hyperparameters, step number and clip coefficient.
+    Neighbours join where they are adjacent in the unit's buffers, are stored alike, and share hyperparameters, step
+    number and clip coefficient. Alignment padding between them, whose values nobody reads, does no harm where
+    moments are elementwise. A block's scale is a maximum over its elements, so there must be none.
     """
     runs: list[tuple[list[ParamState], tuple]] = []
     for state in sorted(states, key=lambda s: s.segment.state_offset):
         key = (state.spec.split, state.spec.dtype, hyperparams(state), state.step, grad_scale(state))
         if runs and runs[-1][1] == key:
             last = runs[-1][0][-1].segment
-            end = last.state_offset + last.spec.numel
-            if state.segment.state_offset - end < ALIGN_ELEMENTS:
+            padding = state.segment.state_offset - last.state_offset - last.spec.numel
+            if padding < (ALIGN_ELEMENTS if moment_format_of(state.moments).elementwise else 1):
                 runs[-1][0].append(state)
                 continue
         runs.append(([state], key))
@@ -178,17 +254,24 @@ def update_unit(
             grad = grads.tensor(torch.float32, first.state_offset * 4, numel)
         else:
             grad = grads.tensor(spec.dtype, first.grad_offset, numel)
-        assert memory.exp_avg is not None and memory.exp_avg_sq is not None
         apply_update(
             memory.weights.tensor(spec.dtype, first.weight_offset, numel),
             residual,
             grad,
-            memory.exp_avg.tensor(torch.float32, first.state_offset * 4, numel),
-            memory.exp_avg_sq.tensor(torch.float32, first.state_offset * 4, numel),
+            memory.flat_moments(first.state_offset, numel),
             run.scalars,
             run.grad_scale,
             threads,
         )
 
 
-__all__ = ["Hyperparams", "ParamState", "UpdateRun", "apply_update", "plan_runs", "update_unit"]
+__all__ = [
+    "Hyperparams",
+    "ParamState",
+    "UpdateRun",
+    "apply_update",
+    "convert_moments",
+    "plan_runs",
+    "update_unit",
+    "zero_moments",
+]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ..errors import PlanError
-from ..memory.layout import ParamSpec, UnitLayout
+from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS, MomentFormat, ParamSpec, UnitLayout
 
 GIB = 2**30
 
@@ -22,6 +22,15 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
+class Alternative:
+    """What a plan would need with one other setting, as it is written in `SlideConfig`."""
+
+    setting: str
+    gpu_bytes: int
+    ram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Where the training state lives.
 
@@ -29,22 +38,26 @@ class Plan:
         items: all state that is allocated for the whole run; activations and temporary memory of kernels come
             on top on the GPU.
         update: "deferred", "overlapped", or "none" (no optimizer).
+        moments: "fp32", "8bit", or "none" (no optimizer).
         units: number of streamed units.
         slots: number of GPU slots they take turns in.
         host_params: parameters in streamed units.
         resident_params: parameters that stay on the GPU.
         notes: differences from plain training that a user should know.
         device: "GPU", or "CPU" where RAM stands in for the GPU.
+        alternatives: what could be set to need less.
     """
 
     items: tuple[Item, ...]
     update: str
+    moments: str
     units: int
     slots: int
     host_params: int
     resident_params: int
     notes: tuple[str, ...]
     device: str
+    alternatives: tuple[Alternative, ...] = ()
 
     def tier_bytes(self, tier: str) -> int:
         """Bytes in one tier ("GPU" or "RAM")."""
@@ -62,7 +75,8 @@ class Plan:
     def __str__(self) -> str:
         streamed = f"{self.units} units ({self.host_params / 1e6:,.1f} M parameters) stream through {self.slots} slots"
         resident = f"{self.resident_params / 1e6:,.1f} M parameters are resident"
-        lines = [f"{streamed}; {resident}; updates: {self.update}"]
+        moments = "; 8-bit moments" if self.moments == EIGHT_BIT_MOMENTS.name else ""
+        lines = [f"{streamed}; {resident}; updates: {self.update}{moments}"]
         for tier in ("GPU", "RAM"):
             label = (
                 f"{tier} (this machine's RAM stands in)" if tier == "GPU" and self.device == "CPU" else tier
@@ -97,6 +111,7 @@ def make_plan(
     fp32_sums: bool,
     staging_buffers: int,
     on_gpu: bool,
+    moments: MomentFormat = FP32_MOMENTS,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Bytes of every kind of state.
@@ -110,6 +125,7 @@ def make_plan(
         fp32_sums: gradients are summed over micro-batches in fp32.
         staging_buffers: number of staging buffers for gradients.
         on_gpu: whether the device is a GPU (and host buffers that it reads are pinned).
+        moments: how the optimizer's moments are stored.
         notes: sentences to show.
 
     Returns:
@@ -125,12 +141,13 @@ def make_plan(
         Item("GPU", "resident weights", resident_weights),
         Item("GPU", "resident master residuals", 2 * split_resident),
     ]
+    moment_bytes = _moment_bytes(layouts, resident, moments)
     if training:
         grad_size = 4 * trained_resident if fp32_sums else None
         if grad_size is None:
             grad_size = sum(spec.numel * spec.dtype.itemsize for spec in resident if spec.trainable)
         items += [
-            Item("GPU", "resident moments", 8 * trained_resident),
+            Item("GPU", "resident moments", moment_bytes["GPU"]),
             Item("GPU", "resident gradients", grad_size),
             Item("GPU", "gradients on their way", 3 * largest_grad),
         ]
@@ -140,14 +157,15 @@ def make_plan(
     ]
     if training:
         state = sum(layout.state_numel for layout in layouts)
-        items.append(Item("RAM", "moments", 8 * state))
+        items.append(Item("RAM", "moments", moment_bytes["RAM"]))
         if not overlapped:
             nbytes = 4 * state if fp32_sums else sum(layout.grad_bytes for layout in layouts)
             items.append(Item("RAM", "gradients", nbytes, pinned=on_gpu and not fp32_sums))
         items.append(Item("RAM", "gradient staging", staging_buffers * largest_grad, pinned=on_gpu))
-    return Plan(
+    plan = Plan(
         items=tuple(items),
         update="none" if not training else "overlapped" if overlapped else "deferred",
+        moments=moments.name if training else "none",
         units=len(layouts),
         slots=slots,
         host_params=sum(layout.numel for layout in layouts),
@@ -155,6 +173,21 @@ def make_plan(
         notes=tuple(notes),
         device="GPU" if on_gpu else "CPU",
     )
+    if not training or moments is EIGHT_BIT_MOMENTS:
+        return plan
+    smaller = _moment_bytes(layouts, resident, EIGHT_BIT_MOMENTS)
+    gpu, ram = (plan.tier_bytes(tier) - moment_bytes[tier] + smaller[tier] for tier in ("GPU", "RAM"))
+    return replace(plan, alternatives=(Alternative("optimizer_states='8bit'", gpu, ram),))
+
+
+def _moment_bytes(
+    layouts: Sequence[UnitLayout], resident: Sequence[ParamSpec], moments: MomentFormat
+) -> dict[str, int]:
+    """Bytes of moments by tier."""
+    return {
+        "GPU": sum(moments.nbytes(spec.numel) for spec in resident if spec.trainable),
+        "RAM": sum(moments.nbytes(layout.state_numel) for layout in layouts),
+    }
 
 
 def check_budgets(plan: Plan, budgets: Budgets) -> None:
@@ -185,8 +218,22 @@ def check_budgets(plan: Plan, budgets: Budgets) -> None:
                 parts += f", stand-in for the GPU {_size(plan.tier_bytes('GPU'))}"
             raise PlanError(
                 f"The plan needs {_size(needs[tier])} of {tier} ({parts}); {_size(budget)} may be used. {remedy}"
+                + _alternatives_hint(plan, tier, needs[tier], budget)
                 + _deferred_hint(plan, tier)
             )
+
+
+def _alternatives_hint(plan: Plan, tier: str, needed: int, budget: int) -> str:
+    hint = ""
+    for other in plan.alternatives:
+        needs = other.gpu_bytes if tier == "GPU" else other.ram_bytes
+        if tier == "RAM" and plan.device == "CPU":
+            needs += other.gpu_bytes
+        if needs <= budget:
+            hint += f" With {other.setting} it needs {_size(needs)} of {tier}, which fits."
+        elif needs < needed:
+            hint += f" With {other.setting} it needs {_size(needs)} of {tier}."
+    return hint
 
 
 def _deferred_hint(plan: Plan, tier: str) -> str:

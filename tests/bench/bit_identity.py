@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, *, resident: bool) -> dict:
     from throughput import build_config, build_model
     from transformers import set_seed
 
-    from tests.engine.loop import prepare, train
+    from tests.engine.loop import bits, prepare, tensors_of, train
 
     set_seed(0)
     on_gpu = torch.cuda.is_available()
@@ -104,11 +104,8 @@ def train(args: argparse.Namespace, *, resident: bool) -> dict:
     )
     state = {}
     for entry in run.engine.states:
-        for key in ("weight", "residual", "exp_avg", "exp_avg_sq"):
-            tensor = getattr(entry, key).detach().contiguous()
-            state[f"{entry.name}.{key}"] = (
-                tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).cpu().clone()
-            )
+        for key, tensor in tensors_of(entry).items():
+            state[f"{entry.name}.{key}"] = bits(tensor).clone()
     result = {"losses": run.losses, "norms": run.norms, "state": state}
     run.engine.close()
     del run, model

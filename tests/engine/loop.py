@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.optim.state import ParamState
 
 
 @dataclass
@@ -121,13 +122,26 @@ def assert_same_bits(first: Run, second: Run) -> None:
     for one, two in zip(first.engine.states, second.engine.states, strict=True):
         assert one.name == two.name
         assert one.step == two.step, one.name
-        for key in ("weight", "residual", "exp_avg", "exp_avg_sq"):
-            a, b = getattr(one, key), getattr(two, key)
-            assert (a is None) == (b is None), (one.name, key)
-            if a is not None:
-                assert torch.equal(_bits(a), _bits(b)), (one.name, key)
+        assert_same_state(tensors_of(one), tensors_of(two), one.name)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def tensors_of(state: ParamState) -> dict[str, torch.Tensor]:
+    """All that is kept of a parameter, by name."""
+    residual = {} if state.residual is None else {"residual": state.residual}
+    return {"weight": state.weight, **residual, **state.moments}
+
+
+def assert_same_state(
+    one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor], name: str = ""
+) -> None:
+    """Tensors by name agree in dtype, shape and bits."""
+    assert one.keys() == two.keys(), name
+    for key, tensor in one.items():
+        assert tensor.dtype == two[key].dtype and tensor.shape == two[key].shape, (name, key)
+        assert torch.equal(bits(tensor), bits(two[key])), (name, key)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as integers, so that NaN equals NaN and -0 is not 0."""
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
     return tensor.detach().cpu().contiguous().view(kinds[tensor.element_size()])

@@ -3,8 +3,8 @@
 bf16 weights lie in the model; the fp32 masters are kept outside, split into those bf16 weights and an int16
 residual. One step: every micro-batch forward under autocast and backward; gradients stay as autograd gives them
 (bf16) if there is one micro-batch and are summed in fp32 otherwise; one global norm; one clip coefficient; AdamW on
-the masters, parameter by parameter. Nothing is streamed, overlapped, grouped or fused, and the update is
-`slideformer_kernels.reference`, which states what every kernel must compute.
+the masters, parameter by parameter, with fp32 or 8-bit moments. Nothing is streamed, overlapped, grouped or fused,
+and the update is `slideformer_kernels.reference`, which states what every kernel must compute.
 """
 
 import math
@@ -58,6 +58,7 @@ def train(
     max_grad_norm: float,
     weight_decay: float,
     keep_residual: bool = True,
+    optimizer_states: str = "fp32",
 ) -> ReferenceResult:
     """Train ``model`` in place.
 
@@ -69,16 +70,18 @@ def train(
         weight_decay: for matrices; vectors (norms and biases) are not decayed. For the llama-shaped families
             that is how Trainer groups them.
         keep_residual: False drops the low halves after every update, to show what they are for.
+        optimizer_states: "fp32" or "8bit" moments.
     """
     model.train()
     model.config.use_cache = False
     parameters = dict(model.named_parameters())  # registration order, each tied parameter once
-    residuals, exp_avgs, exp_avg_sqs = {}, {}, {}
+    update = {"fp32": reference.adamw_split_, "8bit": reference.adamw_split_8bit_}[optimizer_states]
+    residuals, moments = {}, {}
     for name, parameter in parameters.items():
         hi, residuals[name] = reference.split_master(parameter.detach().float())
         parameter.data = hi
-        exp_avgs[name] = torch.zeros_like(hi, dtype=torch.float32)
-        exp_avg_sqs[name] = torch.zeros_like(hi, dtype=torch.float32)
+        zeros = torch.zeros_like(hi, dtype=torch.float32), torch.zeros_like(hi, dtype=torch.float32)
+        moments[name] = zeros if optimizer_states == "fp32" else reference.quantize_moments(*zeros)
 
     losses, grad_norms = [], []
     for number, (micro_batches, learning_rate) in enumerate(zip(steps, learning_rates, strict=True), start=1):
@@ -98,12 +101,11 @@ def train(
                 weight_decay=0.0 if parameter.dim() == 1 else weight_decay,
                 step=number,
             )
-            reference.adamw_split_(
+            update(
                 parameter.data,
                 residuals[name],
                 gradients[name],
-                exp_avgs[name],
-                exp_avg_sqs[name],
+                *moments[name],
                 scalars,
                 grad_scale=coefficient,
             )

@@ -29,7 +29,14 @@ ARGS = dict(
 )
 
 
-def _run_reference(case: Case, model: torch.nn.Module, *, keep_residual: bool = True, **overrides):
+def _run_reference(
+    case: Case,
+    model: torch.nn.Module,
+    *,
+    keep_residual: bool = True,
+    optimizer_states: str = "fp32",
+    **overrides,
+):
     """Train ``model`` with the reference loop as ``case`` and ``overrides`` say."""
     args = {**harness.DEFAULT_ARGS, **case.args, **overrides}
     batch_size, group = args["per_device_train_batch_size"], args["gradient_accumulation_steps"]
@@ -61,6 +68,7 @@ def _run_reference(case: Case, model: torch.nn.Module, *, keep_residual: bool = 
         max_grad_norm=args["max_grad_norm"],
         weight_decay=args["weight_decay"],
         keep_residual=keep_residual,
+        optimizer_states=optimizer_states,
     )
 
 
@@ -84,7 +92,10 @@ def _assert_bits_of_reference(
     Losses, weights, both halves of every master and the saved weights (in the dtype that they came in) are compared.
     """
     model_factory = model_factory or case.build_model
-    expected = _run_reference(case, model_factory(), **overrides)
+    slide_config = slide_config or SlideConfig()
+    expected = _run_reference(
+        case, model_factory(), optimizer_states=slide_config.optimizer_states, **overrides
+    )
 
     trainer = harness.make_trainer(
         SlideTrainer,
@@ -156,6 +167,12 @@ def test_update_schedule_does_not_change_bits(tmp_path, update):
         max_grad_norm=0.0,
         gradient_accumulation_steps=1,
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
+def test_bits_of_reference_8bit(tmp_path, name):
+    config = SlideConfig(optimizer_states="8bit")
+    _assert_bits_of_reference(Case(name, args=ARGS), tmp_path, slide_config=config)
 
 
 def test_low_halves_of_fp32_weights_matter(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer
 
 from hf_slideformer import SlideConfig, SlideTrainer
+from hf_slideformer.memory.layout import MOMENT_FORMATS
 
 from . import harness, models
 from .harness import Case
@@ -29,6 +30,7 @@ CASES = {
     "unclipped": Case("gpt2", args={**ARGS, "max_grad_norm": 0.0, "gradient_accumulation_steps": 1}),
     "frozen": Case("gpt2", args=ARGS, frozen=r"wte|wpe|h\.0\."),
 }
+SETTINGS = [*((name, "fp32") for name in CASES), ("fp32", "8bit"), ("bf16_from_fp32", "8bit")]
 
 
 def _flatten(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -50,25 +52,39 @@ def _losses_by_step(trainer: Trainer) -> dict[int, tuple[float, float]]:
     }
 
 
-def _train(case: Case, output_dir: Path, *, model_seed: int = 0, resume_from: Path | None = None) -> Trainer:
+def _train(
+    case: Case,
+    output_dir: Path,
+    *,
+    model_seed: int = 0,
+    resume_from: Path | None = None,
+    optimizer_states: str = "fp32",
+) -> Trainer:
     model = models.build(case.model, seed=model_seed, dtype=case.dtype, **case.config)
     harness.freeze(model, case.frozen)
-    trainer = harness.make_trainer(SlideTrainer, case, output_dir, model=model)
+    config = SlideConfig(optimizer_states=optimizer_states)
+    trainer = harness.make_trainer(
+        SlideTrainer, case, output_dir, model=model, trainer_kwargs={"slide_config": config}
+    )
     trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     return trainer
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_resumed_run_is_the_uninterrupted_run(tmp_path, name):
+@pytest.mark.parametrize(("name", "optimizer_states"), SETTINGS)
+def test_resumed_run_is_the_uninterrupted_run(tmp_path, name, optimizer_states):
     case = CASES[name]
-    whole = _train(case, tmp_path / "whole")
+    whole = _train(case, tmp_path / "whole", optimizer_states=optimizer_states)
     whole_losses, whole_weights = _losses_by_step(whole), harness.snapshot(whole)
     whole_state = _flatten(whole.optimizer.state_dict())
     whole_schedule = whole.lr_scheduler.state_dict()
     whole_random = torch.get_rng_state()
 
     resumed = _train(
-        case, tmp_path / "resumed", model_seed=99, resume_from=tmp_path / "whole" / f"checkpoint-{SAVED_AT}"
+        case,
+        tmp_path / "resumed",
+        model_seed=99,
+        resume_from=tmp_path / "whole" / f"checkpoint-{SAVED_AT}",
+        optimizer_states=optimizer_states,
     )
     assert resumed.state.global_step == STEPS
     assert _losses_by_step(resumed) == whole_losses
@@ -78,11 +94,15 @@ def test_resumed_run_is_the_uninterrupted_run(tmp_path, name):
     assert resumed.lr_scheduler.state_dict() == whole_schedule
     assert torch.equal(torch.get_rng_state(), whole_random)
 
-    # What was compared is all of the state: two fp32 moments for each trained element.
-    trained = sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
-    moments = [tensor for path, tensor in whole_state.items() if "exp_avg" in path]
-    assert {tensor.dtype for tensor in moments} == {torch.float32}
-    assert sum(tensor.numel() for tensor in moments) == 2 * trained
+    # What was compared is all of the state: two moments for each trained element.
+    trained = [p.numel() for p in whole.model.parameters() if p.requires_grad]
+    for part in MOMENT_FORMATS[optimizer_states].parts:
+        moments = [tensor for path, tensor in whole_state.items() if path.endswith(f"/{part.name}")]
+        assert {tensor.dtype for tensor in moments} == {part.dtype}
+        assert sum(tensor.numel() for tensor in moments) == sum(map(part.entries, trained))
+    assert len(whole_state) - sum("master_residual" in path for path in whole_state) == len(trained) * (
+        1 + len(MOMENT_FORMATS[optimizer_states].parts)
+    )
 
     # The checkpoints that both wrote at the end hold the same weights in the dtype that they came in.
     final = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_slideformer.errors import PlanError
-from hf_slideformer.memory.layout import ParamSpec, lay_out
+from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, ParamSpec, lay_out
 from hf_slideformer.planner.plan import Budgets, check_budgets, make_plan
 
 MIB = 2**20
@@ -83,8 +83,30 @@ def test_accumulation_sums_in_fp32():
     assert plan.pinned_bytes == (9 + 6) * MIB  # sums are made by the CPU
 
 
+def test_8bit_moments():
+    plan = _plan(moments=EIGHT_BIT_MOMENTS)
+    # A byte for each of the two, and two fp32 scales for every 128 elements.
+    assert _mib(plan) == DEFERRED | {"resident moments": 2.0625, "moments": 1.5 * 2.0625}
+    assert plan.moments == "8bit" and plan.alternatives == ()
+    assert "updates: deferred; 8-bit moments" in str(plan)
+    assert "8-bit" not in str(_plan())
+
+
+def test_the_last_block_of_a_resident_parameter_has_scales_too():
+    plan = _plan(resident=[_spec("a", 129), _spec("b", 1)], moments=EIGHT_BIT_MOMENTS)
+    assert {item.what: item.nbytes for item in plan.items}["resident moments"] == 2 * 130 + 8 * 3
+
+
+def test_what_8bit_moments_would_need_is_what_they_need():
+    plan, smaller = _plan(), _plan(moments=EIGHT_BIT_MOMENTS)
+    (other,) = plan.alternatives
+    assert other.setting == "optimizer_states='8bit'"
+    assert (other.gpu_bytes, other.ram_bytes) == (smaller.tier_bytes("GPU"), smaller.tier_bytes("RAM"))
+
+
 def test_evaluation_needs_weights_only():
     plan = _plan(training=False)
+    assert plan.moments == "none" and plan.alternatives == ()
     names = ("slots", "resident weights", "resident master residuals", "weights", "master residuals")
     assert _mib(plan) == {name: DEFERRED[name] for name in names}
     assert plan.update == "none"
@@ -109,6 +131,23 @@ def test_too_little_ram_names_numbers_and_remedies():
     )
     assert "raise cpu_memory" in message.lower()
     assert "max_grad_norm=0" in message and "saves 3.00 MiB" in message
+    assert "With optimizer_states='8bit' it needs 18.09 MiB of RAM, which fits." in message
+
+
+def test_8bit_moments_are_not_said_to_fit_where_they_do_not():
+    with pytest.raises(
+        PlanError, match=r"With optimizer_states='8bit' it needs 18\.09 MiB of RAM\."
+    ) as caught:
+        check_budgets(_plan(), Budgets(gpu=40 * MIB, ram=MIB))
+    assert "which fits" not in str(caught.value)
+
+
+def test_8bit_moments_are_not_advised_where_they_are_used_or_save_nothing():
+    frozen = [lay_out([_spec("f", MIB, trainable=False)])]
+    for plan in (_plan(moments=EIGHT_BIT_MOMENTS), _plan(layouts=frozen), _plan(training=False)):
+        with pytest.raises(PlanError, match="of RAM") as caught:
+            check_budgets(plan, Budgets(gpu=10**12, ram=1))
+        assert "8bit" not in str(caught.value)
 
 
 def test_overlapping_is_not_advised_where_it_is_used_already():
@@ -123,13 +162,17 @@ def test_too_little_gpu_memory():
     ) as caught:
         check_budgets(_plan(), Budgets(gpu=39 * MIB, ram=10**12))
     assert "39.00 MiB may be used" in str(caught.value)
+    assert "With optimizer_states='8bit' it needs 34.06 MiB of GPU, which fits." in str(caught.value)
 
 
 def test_ram_stands_in_for_a_missing_gpu():
     plan = _plan(on_gpu=False)
     check_budgets(plan, Budgets(gpu=40 * MIB, ram=67 * MIB))
-    with pytest.raises(PlanError, match=r"needs 67\.00 MiB of RAM .*stand-in for the GPU 40\.00 MiB"):
+    with pytest.raises(
+        PlanError, match=r"needs 67\.00 MiB of RAM .*stand-in for the GPU 40\.00 MiB"
+    ) as caught:
         check_budgets(plan, Budgets(gpu=40 * MIB, ram=67 * MIB - 1))
+    assert "With optimizer_states='8bit' it needs 52.16 MiB of RAM, which fits." in str(caught.value)
 
 
 def test_text_shows_every_item():
@@ -145,5 +188,6 @@ def test_text_shows_every_item():
 
 def test_as_dict_is_plain_data():
     restored = json.loads(json.dumps(_plan().as_dict()))
-    assert restored["update"] == "deferred"
+    assert (restored["update"], restored["moments"]) == ("deferred", "fp32")
+    assert [other["setting"] for other in restored["alternatives"]] == ["optimizer_states='8bit'"]
     assert sum(item["nbytes"] for item in restored["items"] if item["tier"] == "RAM") == 27 * MIB

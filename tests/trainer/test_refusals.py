@@ -176,7 +176,7 @@ def test_unwritable_output_directory(tmp_path):
 SETTINGS = {
     "unknown": ({"gpu_memroy": "24GiB"}, "'gpu_memroy'", "did you mean 'gpu_memory'"),
     "choice": ({"placement": "everywhere"}, "'everywhere'", "'stream'"),
-    "8bit": ({"optimizer_states": "8bit"}, "not available yet", "optimizer_states='fp32'"),
+    "states": ({"optimizer_states": "4bit"}, "'4bit'", "'fp32', '8bit'"),
     "keep": ({"activations": "keep"}, "not available yet", "activations='recompute'"),
     "vertical": ({"accumulation": "vertical"}, "not available yet", "accumulation='horizontal'"),
     "nvme": ({"nvme_dir": "/nowhere"}, "not available yet", "remove nvme_dir"),

@@ -111,6 +111,33 @@ def test_save_load_state_of_accelerate(trained, tmp_path):
     )
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_8bit_moments_change_nothing_about_saved_weights(tmp_path, precision):
+    dtype, bf16 = PRECISIONS[precision]
+    trainer = runs.make(
+        SlideTrainer,
+        runs.llama(dtype),
+        tmp_path,
+        trainer_kwargs={"slide_config": {"optimizer_states": "8bit"}},
+        bf16=bf16,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    trainer.train()
+    _assert_loads_exactly(tmp_path / "checkpoint-2", trainer)
+    trainer.model.save_pretrained(tmp_path / "live")
+    _assert_loads_exactly(tmp_path / "live", trainer)
+    # The optimizer's state is written as it is: two bytes an element, and 8 for each block that has begun.
+    saved = torch.load(tmp_path / "checkpoint-2" / "optimizer.pt")["state"]
+    params = list(trainer.model.parameters())
+    assert len(saved) == len(params)
+    nbytes = sum(
+        tensor.nbytes for state in saved.values() for key, tensor in state.items() if "exp_avg" in key
+    )
+    assert nbytes == sum(2 * param.numel() + 8 * -(-param.numel() // 128) for param in params)
+
+
 @pytest.mark.parametrize("part", ["model", "layer"])
 def test_pickling_is_refused(tmp_path, part):
     model = runs.slide_loop().model

@@ -103,7 +103,7 @@ def test_forked_dataloader_workers_do_not_get_the_state(tmp_path):
     assert runs.logged(trainers[0]) == runs.logged(trainers[1])
     states = [state for state in trainers[0].slide.engine.states if state.unit is not None]
     for state in states:
-        for tensor in (state.weight, state.residual, state.exp_avg, state.exp_avg_sq):
+        for tensor in (state.weight, state.residual, *state.moments.values()):
             assert "dc" in _memory_flags(tensor.data_ptr()), state.name  # "dc": do not copy on fork
     for unit in trainers[0].slide.engine.executor.units:
         gradient = unit.memory.grads.tensor(torch.uint8, 0, 1)

@@ -1,0 +1,175 @@
+"""Does training with 8-bit moments go the way of training with fp32 moments?
+
+Fine-tunes the demo's model (SmolLM2-135M-Instruct) on the demo's data once for each learning rate, seed and format of
+the moments, everything else the same, and writes one JSON row for each run: training and held-out loss by step.
+
+    python tests/bench/convergence.py --steps 600 --learning-rates 2e-5 2e-4 --seeds 0 1 --out rows.jsonl
+    python tests/bench/convergence.py --plot rows.jsonl --out picture.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "kernels"), str(REPOSITORY / "examples")]
+
+EVALUATIONS = 12
+STATES = ("fp32", "8bit")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", help="hub name, directory or .gguf file (default: the demo's)")
+    add("--dataset", help="as in the demo (default: the standard library's docstrings)")
+    add("--steps", type=int, default=600)
+    add("--batch-size", type=int, default=16)
+    add("--max-length", type=int, default=128)
+    add("--held-out", type=int, default=512, help="rows")
+    add("--learning-rates", type=float, nargs="+", default=[2e-5, 2e-4])
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--states", nargs="+", choices=STATES, default=list(STATES))
+    add("--commit", help="what the rows say the code was")
+    add("--plot", type=Path, nargs="+", help="draw rows instead of training")
+    add("--out", type=Path, required=True)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if options.plot:
+        draw(
+            [json.loads(line) for path in options.plot for line in path.read_text().splitlines()], options.out
+        )
+        return
+    for learning_rate, seed, states in itertools.product(
+        options.learning_rates, options.seeds, options.states
+    ):
+        row = run(options, learning_rate, seed, states)
+        with options.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
+
+
+def run(options: argparse.Namespace, learning_rate: float, seed: int, states: str) -> dict[str, Any]:
+    """Train once; returns the row."""
+    import torch
+    from corpus import load_corpus
+    from pretrained import default_model, load_pretrained
+    from prompts import Prompts, padding_collator
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+
+    from hf_slideformer import SlideTrainer
+
+    set_seed(seed)
+    source = options.model or default_model()
+    model, tokenizer = load_pretrained(source)
+    corpus = load_corpus(options.dataset, seed, options.held_out)
+    prompts = Prompts(tokenizer, corpus.instruction, options.max_length)
+    train, held_out = prompts.encode_all(corpus.train), prompts.encode_all(corpus.held_out)
+    every = max(1, options.steps // EVALUATIONS)
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = SlideTrainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=directory,
+                max_steps=options.steps,
+                per_device_train_batch_size=options.batch_size,
+                per_device_eval_batch_size=options.batch_size,
+                learning_rate=learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=max(1, options.steps // 20),
+                weight_decay=0.01,
+                bf16=torch.cuda.is_available(),
+                logging_steps=every,
+                eval_strategy="steps",
+                eval_steps=every,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=seed,
+                dataloader_pin_memory=torch.cuda.is_available(),
+            ),
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=padding_collator(tokenizer),
+            slide_config={"optimizer_states": states},
+        )
+        trainer.remove_callback(PrinterCallback)
+        before = trainer.evaluate()["eval_loss"]
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    history = trainer.state.log_history
+    trained = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    judged = {entry["step"]: entry["eval_loss"] for entry in history if entry.get("eval_loss") is not None}
+    judged[0] = before
+    curve = [
+        {"step": step, "train_loss": trained.get(step), "held_out_loss": judged.get(step)}
+        for step in sorted({*trained, *judged})
+    ]
+    return {
+        "model": Path(source).name,
+        "data": corpus.name,
+        "train_rows": len(train),
+        "held_out_rows": len(held_out),
+        "optimizer_states": states,
+        "learning_rate": learning_rate,
+        "seed": seed,
+        "steps": options.steps,
+        "batch_size": options.batch_size,
+        "bf16": torch.cuda.is_available(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+        "commit": options.commit,
+        "held_out_loss_before": before,
+        "held_out_loss": judged[options.steps],
+        "best_held_out_loss": min(judged.values()),
+        "host_bytes_per_param": round(
+            trainer.slide.engine.host_state_bytes / trainer.slide.plan.host_params, 2
+        ),
+        "train_seconds": round(seconds, 1),
+        "curve": curve,
+    }
+
+
+def draw(rows: list[dict[str, Any]], out: Path) -> None:
+    """Held-out loss by step, one panel for each learning rate, one line for each run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rates = sorted({row["learning_rate"] for row in rows})
+    figure, axes = plt.subplots(1, len(rates), figsize=(5.2 * len(rates), 3.6), squeeze=False)
+    styles = {
+        "fp32": {"color": "tab:blue", "linestyle": "-"},
+        "8bit": {"color": "tab:orange", "linestyle": "--"},
+    }
+    for axis, rate in zip(axes[0], rates, strict=True):
+        labelled = set()
+        for row in (row for row in rows if row["learning_rate"] == rate):
+            points = [(p["step"], p["held_out_loss"]) for p in row["curve"] if p["held_out_loss"] is not None]
+            states = row["optimizer_states"]
+            label = None if states in labelled else f"{states} moments"
+            labelled.add(states)
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.4, alpha=0.85, **styles[states])
+        axis.set(title=f"learning rate {rate:g}", xlabel="step", ylabel="held-out loss")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    main()
