@@ -37,6 +37,15 @@ class LossOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @property
+    def unit(self) -> float:
+        """What the row kernels' gradients are divided by, for backward to multiply by in fp32.
+
+        It makes a label's entry nearly -1, which bf16 holds, and not, say, -0.9, which it rounds by 0.2 %: that entry
+        is the largest of its row, and its rounding would be most of the gradient's error.
+        """
+        return (1.0 - self.label_smoothing) * self.logit_scale or 1.0
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -113,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         )
         losses = _run_chunks(hidden, weight, labels, bias, options, memory_budget, grads)
-        ctx.grads = grads
+        ctx.grads, ctx.unit = grads, options.unit
         ctx.dtypes = tuple(None if x is None else _grad_dtype(x) for x in (hidden, weight, bias))
         return losses.sum(dtype=torch.float64).float()
 
@@ -126,18 +135,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "call linear_cross_entropy again"
             )
         grads, ctx.grads = ctx.grads, None
+        scale = grad_total * ctx.unit
         scaled = []
         for name, dtype in zip(("hidden", "weight", "bias"), ctx.dtypes, strict=True):
             grad = getattr(grads, name)
             setattr(grads, name, None)  # at most one of them is held twice
-            scaled.append(None if grad is None else _scaled(grad, grad_total, dtype))
+            scaled.append(None if grad is None else _scaled(grad, scale, dtype))
         d_hidden, d_weight, d_bias = scaled
         return d_hidden, d_weight, None, d_bias, None, None, None
 
 
 @dataclass(slots=True)
 class _Gradients:
-    """Gradients of the sum of all rows' losses, fp32, or None where nobody asks."""
+    """Gradients of the sum of all rows' losses, divided by `LossOptions.unit`, fp32; None where nobody asks."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None

@@ -33,8 +33,8 @@ def cross_entropy_(
     """Compute each row's loss; turn the logits into its gradient (formula: ``linear_cross_entropy``).
 
     Args:
-        logits: (rows, V) fp32 or bf16, CUDA, last dimension contiguous; holds the gradient of the sum of the
-            losses afterwards, zero in ignored rows, if ``write_grad``.
+        logits: (rows, V) fp32 or bf16, CUDA, last dimension contiguous; afterwards holds the gradient of the
+            sum of the losses, divided by ``options.unit`` and zero in ignored rows, if ``write_grad``.
         labels: (rows,) int64; one outside [0, V) that is not ``ignore_index`` makes its row NaN.
         losses: (rows,) fp32, written; 0 in ignored rows.
         options: ignore index, scaling, soft-capping, label smoothing, z-loss.
@@ -55,6 +55,7 @@ def cross_entropy_(
             float(options.softcap),
             float(options.label_smoothing),
             float(options.z_loss),
+            options.logit_scale / options.unit,
             HAS_SOFTCAP=options.softcap != 0.0,
             HAS_SMOOTHING=options.label_smoothing != 0.0,
             WRITE_GRAD=write_grad,
@@ -108,6 +109,7 @@ def _cross_entropy_kernel(
     softcap,
     label_smoothing,
     z_loss,
+    scale_per_unit,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     WRITE_GRAD: tl.constexpr,
@@ -174,7 +176,7 @@ def _cross_entropy_kernel(
                 grad += p * lse_slope
                 if HAS_SOFTCAP:
                     grad *= _cap_slope(z * logit_scale, softcap)
-                grad *= logit_scale
+                grad *= scale_per_unit
                 tl.store(
                     row_ptr + offsets, _rounded(grad, logits_ptr.dtype.element_ty, INTERPRETED), mask=mask
                 )

@@ -24,8 +24,8 @@ def cross_entropy_(
     """Compute each row's loss; turn the logits into its gradient (formula: ``linear_cross_entropy``).
 
     Args:
-        logits: (rows, V) fp32 or bf16, last dimension contiguous; holds the gradient of the sum of the losses
-            afterwards, zero in ignored rows, if ``write_grad``.
+        logits: (rows, V) fp32 or bf16, last dimension contiguous; afterwards holds the gradient of the sum of
+            the losses, divided by ``options.unit`` and zero in ignored rows, if ``write_grad``.
         labels: (rows,) int64; one outside [0, V) that is not ``ignore_index`` makes its row NaN.
         losses: (rows,) fp32, written; 0 in ignored rows.
         options: ignore index, scaling, soft-capping, label smoothing, z-loss.
@@ -68,7 +68,7 @@ def _cross_entropy(
         grad += p * (2.0 * options.z_loss * lse).unsqueeze(1)
     if options.softcap:
         grad *= 1.0 - squashed.square()
-    grad *= options.logit_scale
+    grad *= options.logit_scale / options.unit
     grad.masked_fill_(outside.unsqueeze(1), torch.nan)
     logits.copy_(grad.masked_fill_(ignored.unsqueeze(1), 0.0))
 

@@ -1,8 +1,10 @@
 """Shared pieces of the kernel tests: bit comparison, inputs from every corner of fp32, one ISA at a time."""
 
+import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,20 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         pytest.skip(f"this CPU has no {request.param}")
     monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     return request.param
+
+
+@pytest.fixture
+def no_device_sync() -> Callable[[], contextlib.AbstractContextManager]:
+    """Return a context manager inside of which it is an error to wait for the CUDA device."""
+
+    @contextlib.contextmanager
+    def refuse() -> Iterator[None]:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it is a prototype, PyTorch says
+                torch.cuda.set_sync_debug_mode("error")
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return refuse

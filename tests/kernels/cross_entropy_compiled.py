@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 INTEGERS = ("row_stride", "label_stride", "vocabulary", "ignore_index")
-FLOATS = ("logit_scale", "softcap", "label_smoothing", "z_loss")
+FLOATS = ("logit_scale", "softcap", "label_smoothing", "z_loss", "scale_per_unit")
 
 
 def compiled(

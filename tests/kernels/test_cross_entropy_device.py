@@ -110,7 +110,7 @@ def test_no_rows_that_count(rows, reduction):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_waits_for_the_device_or_compiles(dtype):
+def test_nothing_waits_for_the_device_or_compiles(dtype, no_device_sync):
     """After the first step neither another scale nor other options' values may synchronise or compile."""
     from slideformer_kernels import cross_entropy_gpu
 
@@ -137,12 +137,9 @@ def test_nothing_waits_for_the_device_or_compiles(dtype):
     torch.cuda.synchronize()
     cache = cross_entropy_gpu._cross_entropy_kernel.device_caches[torch.cuda.current_device()][0]
     kernels_before = len(cache)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_sync():
         for step in range(2, 6):
             one_step(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert len(cache) == kernels_before
 
 

@@ -133,7 +133,7 @@ def test_other_operations_have_the_reference_bits(numel, make_state, assert_same
         assert_same_bits(ours, theirs, f"accumulated {dtype}")
 
 
-def test_no_step_waits_for_the_device_or_compiles(make_state):
+def test_no_step_waits_for_the_device_or_compiles(make_state, no_device_sync):
     """After the first step neither new scalars nor new scales may compile a kernel or synchronise."""
     from slideformer_kernels import gpu
 
@@ -158,12 +158,9 @@ def test_no_step_waits_for_the_device_or_compiles(make_state):
 
     one_step(1)
     kernels_before = compiled_kernels()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_device_sync():
         for step in range(1, 6):
             one_step(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert compiled_kernels() == kernels_before
 
 
