@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import arguments
 from .arguments import MOMENT_BLOCK_NUMEL
-from .reference import EXP_AVG_LEVELS, EXP_AVG_SQ_LEVELS, SMALLEST_SCALE
+from .reference import DITHER_BITS, EXP_AVG_LEVELS, EXP_AVG_SQ_LEVELS, SMALLEST_SCALE
 from .scalars import AdamWScalars, round_to_fp32
 
 ROW_NUMEL = 1024
@@ -32,11 +32,13 @@ LOG2_SEGMENT_NUMEL = 7
 # Blocks of 8-bit moments per program.
 BLOCK_MOMENT_BLOCKS = BLOCK_NUMEL // MOMENT_BLOCK_NUMEL
 
-_EXP_AVG_LEVELS = tl.constexpr(EXP_AVG_LEVELS)
-_EXP_AVG_SQ_LEVELS = tl.constexpr(EXP_AVG_SQ_LEVELS)
+_EXP_AVG_NUMERATOR = tl.constexpr(EXP_AVG_LEVELS * 4.0**DITHER_BITS)
+_EXP_AVG_SQ_NUMERATOR = tl.constexpr(EXP_AVG_SQ_LEVELS * 4.0**DITHER_BITS)
 _INV_EXP_AVG_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_LEVELS))
 _INV_EXP_AVG_SQ_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_SQ_LEVELS))
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
+_DITHER_BITS = tl.constexpr(DITHER_BITS)
+_LOW_BITS = tl.constexpr((1 << DITHER_BITS) - 1)
 
 _BITS_DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -442,11 +444,11 @@ def _adamw_8bit_kernel(
 
     # Beyond the end everything is 0 and so not the highest value of a block (0 * inf is NaN, hence the mask).
     m_bits = tl.where(mask, m.to(tl.int32, bitcast=True), 0)
-    q, scale_bits = _magnitude_codes(m_bits & 0x7FFFFFFF, _EXP_AVG_LEVELS)
+    q, scale_bits = _magnitude_codes(m_bits & 0x7FFFFFFF, _EXP_AVG_NUMERATOR)
     tl.store(exp_avg_scale_ptr + block, scale_bits, mask=block_mask)
     tl.store(exp_avg_ptr + offsets, tl.where(m_bits < 0, -q, q).to(tl.int8), mask=mask)
     r_bits = tl.where(mask, r.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-    q, scale_bits = _magnitude_codes(r_bits, _EXP_AVG_SQ_LEVELS)
+    q, scale_bits = _magnitude_codes(r_bits, _EXP_AVG_SQ_NUMERATOR)
     tl.store(exp_avg_sq_scale_ptr + block, scale_bits, mask=block_mask)
     # A denominator must not be lost. Where a block has no codes, 0 stays 0.
     is_finite = scale_bits[:, None] < 0x7F800000
@@ -455,7 +457,7 @@ def _adamw_8bit_kernel(
 
 
 @triton.jit
-def _magnitude_codes(magnitude_bits, LEVELS: tl.constexpr):
+def _magnitude_codes(magnitude_bits, NUMERATOR: tl.constexpr):
     """Return the codes of each row's magnitudes (int32) and the bits of its scale."""
     scale_bits = tl.max(magnitude_bits, axis=1)
     scale = scale_bits.to(tl.float32, bitcast=True)
@@ -464,12 +466,13 @@ def _magnitude_codes(magnitude_bits, LEVELS: tl.constexpr):
     scale_bits = tl.where(scale_bits > 0x7F800000, 0x7FC00000, scale_bits)
     scale_bits = tl.where(is_finite & (scale < _SMALLEST_SCALE), 0, scale_bits)
     has_codes = is_finite & (scale_bits > 0)
-    levels = tl.full(scale.shape, LEVELS, tl.float32)
-    inverse = tl.div_rn(levels, tl.where(has_codes, scale, levels))
-    magnitude = tl.where(has_codes[:, None], magnitude_bits, 0).to(tl.float32, bitcast=True)
+    numerator = tl.full(scale.shape, NUMERATOR, tl.float32)
+    inverse = tl.div_rn(numerator, tl.where(has_codes, scale, numerator))
+    magnitude_bits = tl.where(has_codes[:, None], magnitude_bits, 0)
     # The sum is rounded to an integer, which stands in its lowest bits.
-    rounded = _sqrt(magnitude * inverse[:, None]) + 8388608.0
-    return rounded.to(tl.int32, bitcast=True) - 0x4B000000, scale_bits
+    rounded = _sqrt(magnitude_bits.to(tl.float32, bitcast=True) * inverse[:, None]) + 8388608.0
+    root = rounded.to(tl.int32, bitcast=True) - 0x4B000000
+    return (root + (magnitude_bits & _LOW_BITS)) >> _DITHER_BITS, scale_bits
 
 
 @triton.jit

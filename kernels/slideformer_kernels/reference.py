@@ -30,20 +30,31 @@ companded by a square root, which spends the codes on a range of 1 : 16129 and 1
 
     read:   m = ((q * abs(q)) * (1 / 16129)) * scale                (int8 q)
             r = ((q * q) * (1 / 65025)) * scale;  v = r * r         (uint8 q)
-    store:  scale = max(abs(m)) of the block;  q = rne(sqrt(abs(m) * (16129 / scale))), with the sign of m
-            scale = max(r) of the block;  q = rne(sqrt(r * (65025 / scale))), at least 1 where r > 0
+    store:  scale = max(abs(m)) of the block;  q = code(abs(m), 16129 / scale), with the sign of m
+            scale = max(r) of the block;  q = code(r, 65025 / scale), at least 1 where r > 0
+            code(x, inverse) = (rne(sqrt(x * (inverse * 2**20))) + (bits of x) mod 1024) >> 10
 
 ``1 / 16129`` and ``1 / 65025`` are rounded to fp32 beforehand; times 16129 and 65025 they give exactly 1, so
-that the largest element is read back as it was. ``rne`` rounds to the nearest integer, ties to even. The
-largest element of a block has code 127 or 255 and no code is beyond. The floor of 1 keeps a denominator from
-being lost, which would blow up the next update wherever ``m`` is not 0. Only what is stored is rounded to
-codes: the parameter of this step follows the new ``m`` and ``v`` themselves. Edges, the same on every path:
+that the largest element is read back as it was. ``rne`` rounds to the nearest integer, ties to even; the root
+is that of ``x * inverse`` in units of 1/1024, because ``inverse * 2**20`` is one division, of a numerator that
+was scaled before. The largest element of a block has code 127 or 255 and no code is beyond. The floor of 1
+keeps a denominator from being lost, which would blow up the next update wherever ``m`` is not 0. Only what is
+stored is rounded to codes: the parameter of this step follows the new ``m`` and ``v`` themselves.
+
+*Dithering*: a root is rounded up as often as its fraction says, so that changes of less than a code are kept on
+average. Rounded to nearest they would be lost: with ``beta2 = 0.999`` a step moves ``r`` by 0.05 % and codes
+are 0.8 % apart at best, so the ratios within a block would freeze, and its scale, which follows the largest,
+would drag all of it up. What decides are the low 10 bits of the value itself. They change with each step as if
+at random and have next to nothing to do with the code, which the high bits make; they need no generator, state
+or index; and a value that was read from a code has that code again.
+
+Edges, the same on every path:
 
 * ``max`` compares the bits of absolute values as integers, NaN as 0x7FC00000, so NaN > inf > finite.
 * A scale that is not finite is stored as it is (NaN as 0x7FC00000) with all codes 0, so that the next step
   reads NaN in the whole block: one gradient that is not finite poisons its block, where fp32 moments poison
   their element.
-* A scale below 2**-100 is stored as 0 with all codes 0, so that no quotient overflows or is denormal. For
+* A scale below 2**-90 is stored as 0 with all codes 0, so that no quotient overflows or is denormal. For
   ``r`` this does not happen: the square root of the smallest denormal is 2**-74.5.
 * Codes of 0 with scales of 0 are the moments of a new parameter.
 
@@ -71,7 +82,8 @@ _NAN_HI_BITS = 0x7FC0
 
 EXP_AVG_LEVELS = 127.0**2
 EXP_AVG_SQ_LEVELS = 255.0**2
-SMALLEST_SCALE = 2.0**-100
+SMALLEST_SCALE = 2.0**-90
+DITHER_BITS = 10
 
 
 @torch.no_grad()
@@ -464,11 +476,11 @@ def _store_codes(
     q = _magnitude_codes(r, EXP_AVG_SQ_LEVELS, exp_avg_sq_scale)
     # The floor of 1 is for blocks that have codes.
     floor = (r > 0) & _per_element(exp_avg_sq_scale.isfinite(), r)
-    exp_avg_sq.copy_(torch.maximum(q, floor.float()))
+    exp_avg_sq.copy_(torch.maximum(q, floor.int()))
 
 
 def _magnitude_codes(x: torch.Tensor, levels: float, scale: torch.Tensor) -> torch.Tensor:
-    """Write the scales of the blocks of ``x``; return the codes of its magnitudes as fp32 integers."""
+    """Write the scales of the blocks of ``x``; return the codes of its magnitudes as int32."""
     magnitude_bits = (x.view(torch.int32) & 0x7FFFFFFF).masked_fill_(x.isnan(), _NAN_BITS)
     padding = -x.numel() % MOMENT_BLOCK_NUMEL
     blocks = torch.nn.functional.pad(magnitude_bits, (0, padding)).view(-1, MOMENT_BLOCK_NUMEL)
@@ -476,9 +488,12 @@ def _magnitude_codes(x: torch.Tensor, levels: float, scale: torch.Tensor) -> tor
     scale.masked_fill_(scale < SMALLEST_SCALE, 0.0)
     has_codes = scale.isfinite() & (scale > 0)
     # Both operands are tensors: torch may multiply a number with the reciprocal, which rounds twice.
-    inverse = (torch.full_like(scale, levels) / scale).masked_fill_(~has_codes, 0.0)
-    root = _sqrt(x.abs() * _per_element(inverse, x))
-    return root.masked_fill_(~_per_element(has_codes, x), 0.0).round_()
+    numerator = torch.full_like(scale, levels * 4.0**DITHER_BITS)
+    inverse = (numerator / scale).masked_fill_(~has_codes, 0.0)
+    # What has no code may be NaN, whose conversion to an integer is not defined.
+    root = _sqrt(x.abs() * _per_element(inverse, x)).masked_fill_(~_per_element(has_codes, x), 0.0)
+    low_bits = x.view(torch.int32) & ((1 << DITHER_BITS) - 1)
+    return (root.round_().int() + low_bits) >> DITHER_BITS
 
 
 def _per_element(per_block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -124,7 +124,7 @@ def make_8bit_state(make_state) -> Callable[..., dict[str, torch.Tensor]]:
                 scale.copy_(torch.where(block % 8 == 6, noise, scale))
                 scale[block % 8 == 7] = 0.0
             is_tiny = (torch.arange(numel) // MOMENT_BLOCK_NUMEL) % 8 == 7
-            exponents = torch.randint(-160, -90, (block.numel(),), generator=generator)
+            exponents = torch.randint(-160, -80, (block.numel(),), generator=generator)
             tiny = 2.0 ** exponents.float().repeat_interleave(MOMENT_BLOCK_NUMEL)[:numel] * calm["param"]
             state["grad"] = torch.where(is_tiny, tiny.to(grad_dtype), state["grad"])
         names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
@@ -137,27 +137,39 @@ def make_8bit_state(make_state) -> Callable[..., dict[str, torch.Tensor]]:
     return make
 
 
+def midway_between_codes() -> torch.Tensor:
+    """Return values, in rising order, whose code depends on which way a tie is rounded.
+
+    That is for a scale equal to the number of levels, so that the root is that of the value. It is midway between
+    two multiples of 1/1024, and the value's low bits are those with which these two have different codes. Of the
+    1024 such roots for each code, about one has a square with these bits.
+    """
+    fraction = torch.arange(1024)
+    squares = (torch.arange(255)[:, None] + (fraction + 0.5) / 1024).square()
+    return squares[(squares.view(torch.int32) & 1023) == 1023 - fraction].sort().values
+
+
 @pytest.fixture(scope="session")
 def make_8bit_edges() -> Callable[[], list[tuple[dict[str, torch.Tensor], object]]]:
     """Make operands and scalars of updates that meet the edges of quantisation exactly.
 
-    With both betas 0 the new moments are the gradient and its magnitude: ties between all pairs of codes, and
-    the smallest scale with its neighbour below. Then a short block whose only second moment is infinite.
+    With both betas 0 the new moments are the gradient and its magnitude: ties between two codes, and the
+    smallest scale with its neighbour below. Then a short block whose only second moment is infinite.
     """
 
     def make() -> list[tuple[dict[str, torch.Tensor], object]]:
         from slideformer_kernels import adamw_scalars, quantize_moments
 
-        halves = torch.arange(255) + 0.5
         smallest = torch.zeros(256)
-        smallest[7], smallest[200] = -(2.0**-100), 2.0**-100 * (1 - 2.0**-24)
+        smallest[7], smallest[200] = -(2.0**-90), 2.0**-90 * (1 - 2.0**-24)
+        midway = midway_between_codes()
         grad = torch.cat(
             [
-                -halves[:127].square(),
+                -midway[:127],
                 torch.tensor([127.0**2]),
-                halves[:127].square(),
+                midway[:127],
                 torch.tensor([255.0**2]),
-                halves[127:].square().repeat_interleave(2)[:127],
+                midway[-127:],
                 torch.tensor([-(255.0**2)]),
                 smallest,
             ]

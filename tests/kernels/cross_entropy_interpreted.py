@@ -22,7 +22,7 @@ UNTOUCHED = 12345.0
 
 
 def run_kernel(logits, labels, options: LossOptions, write_grad: bool = True):
-    """Return (losses, gradient); the rows are padded, and neither padding nor unread memory may matter."""
+    """Return (losses, gradient in units of ``options.unit``, or logits); what pads the rows is left alone."""
     rows, vocabulary = logits.shape
     padded = torch.full((rows, vocabulary + 7), UNTOUCHED, dtype=logits.dtype)
     padded[:, :vocabulary] = logits
@@ -48,7 +48,8 @@ def check_rows(vocabulary: int, dtype: torch.dtype, name: str, gain: float = 1.0
             losses.sum().backward()
             results.append({"loss": losses.detach().double(), "logits": leaf.grad.double()})
         losses, grad = run_kernel(logits, labels, LossOptions(**options))
-        errors.add({"loss": losses.double(), "logits": grad.double()}, *results)
+        unit = LossOptions(**options).unit
+        errors.add({"loss": losses.double(), "logits": grad.double() * unit}, *results)
         ignored = labels == options.get("ignore_index", -100)
         assert (losses[ignored] == 0).all() and (grad[ignored] == 0).all()
     # Without the gradient the losses are the same, and the logits are left alone.
@@ -121,7 +122,7 @@ if __name__ == "__main__":
         for vocabulary in VOCABULARIES:
             # One vocabulary entry shows nothing but soft-capping's last bits, where plain PyTorch's are better.
             some = ("mean", "z_loss") if vocabulary == 1 else ("mean", "all")
-            for name in OPTIONS if vocabulary == ROW_BLOCK + 1 else some:
+            for name in OPTIONS if vocabulary == VOCABULARIES[-1] else some:
                 check_rows(vocabulary, dtype, name)
             check_special_rows(vocabulary, dtype)
         check_whole(dtype)

@@ -188,9 +188,8 @@ def _max(x: torch.Tensor) -> float:
 def within_octave(value: float, seed: int) -> float:
     """Return ``value`` times a number in [1, 2) that differs from seed to seed.
 
-    The gradients of the logits at the labels are nearly all the same number, about -logit_scale. How far bf16
-    rounds that number is luck, so one scale alone would compare lucks: ours rounds it before the upstream
-    gradient multiplies it, the plain implementation afterwards.
+    The gradients of the logits at the labels are nearly all the same number. How far bf16 rounds it is luck, so one
+    scale alone would compare lucks: the plain implementation rounds it with all scales, ours without.
     """
     return value * 2.0 ** (seed * 0.618034 % 1.0)
 

@@ -160,10 +160,12 @@ def test_8bit_moments_are_the_documented_sequence_of_roundings(make_state):
         for start in range(0, len(values), 128):
             block = [Fraction(value) for value in values[start : start + 128]]
             scale = max(abs(value) for value in block)
-            inverse = fp32(levels / scale)
+            inverse = fp32(levels * 2**20 / scale)
             for value in block:
                 root = Fraction(float(exact_sqrt(float(fp32(abs(value) * inverse)))))
-                q = max(round(root), floor if value else 0)  # Fraction rounds half to even
+                low_bits = int(np.float32(float(value)).view(np.int32)) % 1024
+                # Fraction rounds half to even.
+                q = max((round(root) + low_bits) // 1024, floor if value else 0)
                 codes.append(-q if value < 0 else q)
                 unit = fp32(q * q * fp32(Fraction(1, levels)))
                 read.append(math.copysign(float(fp32(unit * scale)), value if codes[-1] else 0.0))
@@ -180,14 +182,18 @@ def test_8bit_moments_are_the_documented_sequence_of_roundings(make_state):
 
 
 def test_the_edges_of_8bit_moments_are_met(make_8bit_edges):
-    """Ties go to the even code; the smallest scale is kept and the number below it is not."""
+    """Ties go to the even root where that decides about the code; the smallest scale is kept, the one below not."""
     (state, scalars), (short, short_scalars) = make_8bit_edges()
     reference.adamw_fp32_8bit_(*state.values(), scalars)
-    even = torch.arange(255).add(0.5).round().int()
-    assert torch.equal(state["exp_avg"][:127].int(), -even[:127])
-    assert torch.equal(state["exp_avg_sq"][128:255].int(), even[:127].clamp(min=1))
-    assert torch.equal(state["exp_avg_sq"][256:383].int(), even[127:].repeat_interleave(2)[:127])
-    assert state["exp_avg_scale"].tolist() == [127.0**2, 255.0**2, 255.0**2, 2.0**-100, 0.0]
+    for block, name in enumerate(("exp_avg", "exp_avg_sq", "exp_avg_sq")):
+        x = state["grad"][128 * block : 128 * block + 127].abs()
+        root, low_bits = 1024 * x.double().sqrt().float(), x.view(torch.int32) & 1023
+        lower, even, upper = (
+            (f(root).int() + low_bits) >> 10 for f in (torch.floor, torch.round, torch.ceil)
+        )
+        assert (root % 1 == 0.5).all() and torch.equal(lower + 1, upper)
+        assert torch.equal(state[name][128 * block : 128 * block + 127].int().abs(), even)
+    assert state["exp_avg_scale"].tolist() == [127.0**2, 255.0**2, 255.0**2, 2.0**-90, 0.0]
     assert state["exp_avg_sq_scale"].tolist()[:3] == [127.0**2, 255.0**2, 255.0**2]
     reference.adamw_fp32_8bit_(*short.values(), short_scalars)
     assert short["exp_avg_sq_scale"][1] == math.inf and short["exp_avg_sq_scale"][0].isfinite()
@@ -223,10 +229,10 @@ def blocks_of(numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_quantisation_error_is_bounded():
-    """With |y - q| <= 1/2 for y = sqrt(|x| * L / scale): |y**2 - q**2| <= (2 * q + 1/2) / 2 = q + 1/4.
+    """With |y - q| <= 1 for y = sqrt(|x| * L / scale): |y**2 - q**2| <= 2 * q + 1.
 
-    So a value is off by (|q| + 1/4) / 16129 or (q + 1/4) / 65025 of its block's largest: 0.8 and 0.4 % at the
-    top. That holds for the floor of 1, too: below y = 1/2 it is off by less than 1.
+    So a value is off by (2 * |q| + 1) / 16129 or (2 * q + 1) / 65025 of its block's largest: 1.6 and 0.8 % at
+    the top, one code. That holds for the floor of 1, too: it is off by less than 1.
     """
     numel = 20_001
     m, v = blocks_of(numel, seed=0)
@@ -240,10 +246,10 @@ def test_quantisation_error_is_bounded():
     ):
         assert scale.shape == (157,)
         scale = scale.double().repeat_interleave(128)[:numel]
-        bound = (codes.double().abs() + 0.25) * scale / levels * roundings
+        bound = (2 * codes.double().abs() + 1) * scale / levels * roundings
         assert ((read - values).abs() <= bound).all()
         # And the bound is not generous: somewhere nearly all of it is needed.
-        assert ((read - values).abs() / bound).max() > 0.99
+        assert ((read - values).abs() / bound).max() > 0.95
         assert (codes.double().abs() <= math.isqrt(levels)).all()
     assert (codes_m.sign() * m.sign() >= 0).all()
     # The largest of each block is kept exactly.
@@ -273,16 +279,41 @@ def test_no_denominator_is_lost():
         assert ((param - before).abs() <= 1.1e-3).all()
 
 
-def test_codes_are_monotone():
-    """Within a block a larger value has no smaller code, so larger moments are never read as smaller ones."""
-    values = torch.linspace(-1.0, 1.0, 127).repeat(40, 1) * torch.logspace(-20, 15, 40)[:, None]
-    values = torch.nn.functional.pad(values, (0, 1)).flatten()
-    codes_m, _, codes_v, _ = quantize_moments(values, values.clamp(min=0.0))
-    for codes in (codes_m, codes_v):
-        rows = codes.view(40, 128)[:, :127].int()
-        assert (rows.diff() >= 0).all()
-        assert (rows == rows[0]).all()
-    assert codes_m.view(40, 128)[0, :127].flip(0).tolist() == [-q for q in codes_m.view(40, 128)[0, :127]]
+def test_rounding_is_fair():
+    """Values that differ in their low bits only are read as their mean, whatever the fraction of their code."""
+    generator = torch.Generator().manual_seed(0)
+    low_bits = torch.randint(0, 1024, (1000, 127), dtype=torch.int32, generator=generator)
+    for fraction in (0.1, 0.37, 0.5, 0.9):
+        for code in (0, 3, 60, 125):
+            m = torch.ones(1000, 128)
+            value = torch.tensor((code + fraction) ** 2 / 127**2).view(torch.int32)
+            m[:, 1:] = ((value & ~1023) | low_bits).view(torch.float32)
+            codes = quantize_moments(m, m.square())[0][:, 1:].double()
+            assert codes.unique().tolist() == [code, code + 1]
+            # 127,000 codes: a standard deviation of their mean is below 0.0015. The low bits are worth 0.008.
+            assert (codes - code).mean().item() == pytest.approx(fraction, abs=0.015)
+
+
+def test_second_moments_fall_and_rise_beside_their_neighbours():
+    """Rounded to nearest, the ratios of a block's second moments freeze: a step moves them by less than a code.
+
+    Half of the elements see gradients 10 times smaller from step 300 on. With beta2 = 0.99 their second
+    moments fall to 2 % by step 700, and those of the other half stay.
+    """
+    generator = torch.Generator().manual_seed(0)
+    param, theirs = torch.zeros(2048), torch.zeros(2048)
+    moments = torch.zeros(2048), torch.zeros(2048)
+    codes = quantize_moments(*moments)
+    for step in range(1, 701):
+        grad = torch.randn(2048, generator=generator)
+        if step > 300:
+            grad.view(-1, 128)[:, :64] *= 0.1
+        scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=step)
+        reference.adamw_fp32_(theirs, grad, *moments, scalars)
+        reference.adamw_fp32_8bit_(param, grad, *codes, scalars)
+    ratio = (dequantize_moments(*codes)[1] / moments[1]).sqrt().view(-1, 128)
+    assert ratio[:, :64].mean().item() == pytest.approx(1.0, abs=0.05)
+    assert ratio[:, 64:].mean().item() == pytest.approx(1.0, abs=0.02)
 
 
 def test_quantising_again_changes_nothing(assert_same_bits):
@@ -294,7 +325,7 @@ def test_quantising_again_changes_nothing(assert_same_bits):
     codes_v[:, 5] = 0
     codes_m[:, 0], codes_v[:, 1] = 127, 255
     mantissas = 1 + torch.rand(2, blocks, generator=generator)
-    scale_m = mantissas[0] * 2.0 ** torch.randint(-100, 127, (blocks,), generator=generator)
+    scale_m = mantissas[0] * 2.0 ** torch.randint(-90, 127, (blocks,), generator=generator)
     # r = scale / 65025 at code 1 and its square are normal numbers from 2**-47 on.
     scale_v = mantissas[1] * 2.0 ** torch.randint(-47, 63, (blocks,), generator=generator)
     stored = (codes_m, scale_m, codes_v, scale_v)
@@ -310,11 +341,11 @@ def test_zero_moments_and_tiny_scales():
     assert [x.numel() for x in quantize_moments(torch.zeros(0), torch.zeros(0))] == [0] * 4
     # The smallest scale, and the value below it.
     m = torch.zeros(256)
-    m[7], m[130] = -(2.0**-100), 2.0**-100 * (1 - 2.0**-24)
+    m[7], m[130] = -(2.0**-90), 2.0**-90 * (1 - 2.0**-24)
     v = torch.zeros(256)
     v[7] = 2.0**-149
     codes_m, scale_m, codes_v, scale_v = quantize_moments(m, v)
-    assert scale_m.tolist() == [2.0**-100, 0.0]
+    assert scale_m.tolist() == [2.0**-90, 0.0]
     assert codes_m[7] == -127 and codes_m.count_nonzero() == 1
     # The square root of the smallest denormal is no small scale.
     assert codes_v[7] == 255 and scale_v.tolist() == [np.float32(math.sqrt(2.0**-149)), 0.0]

@@ -33,7 +33,9 @@
 #define vi_round(x) _mm512_cvtps_epi32(x)
 #define vf_of_int(a) _mm512_cvtepi32_ps(a)
 #define vi_and(a, b) _mm512_and_si512(a, b)
-#define vi_or(a, b) _mm512_or_si512(a, b)
+#define vi_shift_right(a, bits) _mm512_srli_epi32(a, bits)
+#define vi_negate_where_negative(a, x)                                                                      \
+    _mm512_mask_sub_epi32(x, _mm512_movepi32_mask(a), _mm512_setzero_si512(), x)
 #define vi_max_u32(a, b) _mm512_max_epu32(a, b)
 #define vi_min_u32(a, b) _mm512_min_epu32(a, b)
 #define vi_highest_u32(a) _mm512_reduce_max_epu32(a)

@@ -30,7 +30,8 @@
 #undef vi_round
 #undef vf_of_int
 #undef vi_and
-#undef vi_or
+#undef vi_shift_right
+#undef vi_negate_where_negative
 #undef vi_max_u32
 #undef vi_min_u32
 #undef vi_highest_u32

@@ -61,39 +61,62 @@ TARGET INLINE VF ISA(adamw_step)(const ISA(adamw_constants) *c, VF g, VF *p, VF 
     return r;
 }
 
-TARGET INLINE int64_t ISA(adamw)(const adamw_args *args, int64_t begin, int64_t end, int is_split,
+/* The hardware's prefetcher stops at page ends, and five streams reach one every 1024 elements. Called once for
+ * PREFETCH_STEP elements, a cache line of the 16-bit streams. */
+TARGET INLINE void ISA(prefetch_masters)(const adamw_args *args, int64_t i, int is_split, int grad_is_bf16)
+{
+    i += PREFETCH_NUMEL;
+    if (is_split) {
+        prefetch(args->hi + i);
+        prefetch(args->lo + i);
+    } else {
+        prefetch(args->param + i);
+        prefetch(args->param + i + PREFETCH_STEP / 2);
+    }
+    if (grad_is_bf16) {
+        prefetch((const uint16_t *)args->grad + i);
+    } else {
+        prefetch((const float *)args->grad + i);
+        prefetch((const float *)args->grad + i + PREFETCH_STEP / 2);
+    }
+}
+
+TARGET INLINE void ISA(adamw_vector)(const adamw_args *args, const ISA(adamw_constants) *constants, int64_t i,
+                                     int is_split, int grad_is_bf16)
+{
+    VF m = vf_load(args->exp_avg + i);
+    VF v = vf_load(args->exp_avg_sq + i);
+    VF p = is_split ? ISA(load_master)(args->hi, args->lo, i) : vf_load(args->param + i);
+    ISA(adamw_step)(constants, ISA(load_grad)(args->grad, i, grad_is_bf16), &p, &m, &v);
+    vf_store(args->exp_avg + i, ISA(canonical_nan)(m));
+    vf_store(args->exp_avg_sq + i, ISA(canonical_nan)(v));
+    if (is_split)
+        ISA(store_master)(args->hi, args->lo, i, p);
+    else
+        vf_store(args->param + i, ISA(canonical_nan)(p));
+}
+
+TARGET INLINE int64_t ISA(adamw)(const adamw_args *shared, int64_t begin, int64_t end, int is_split,
                                  int grad_is_bf16)
 {
-    uint16_t *restrict hi = args->hi;
-    int16_t *restrict lo = args->lo;
-    float *restrict param = args->param;
-    const void *restrict grad = args->grad;
-    float *restrict exp_avg = args->exp_avg;
-    float *restrict exp_avg_sq = args->exp_avg_sq;
+    /* A copy that no store can be taken to change, so its pointers stay in registers. */
+    const adamw_args own = *shared;
+    const adamw_args *args = &own;
     const ISA(adamw_constants) constants = ISA(adamw_constants_of)(args);
     int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) {
-        /* The hardware's prefetcher stops at page ends, and five streams reach one every 1024 elements. */
-        prefetch(exp_avg + i + PREFETCH_NUMEL);
-        prefetch(exp_avg_sq + i + PREFETCH_NUMEL);
-        prefetch((const char *)grad + (i + PREFETCH_NUMEL) * (grad_is_bf16 ? 2 : 4));
-        if (is_split) {
-            prefetch(hi + i + PREFETCH_NUMEL);
-            prefetch(lo + i + PREFETCH_NUMEL);
-        } else {
-            prefetch(param + i + PREFETCH_NUMEL);
+    if (LANES > 1)
+        for (; i + PREFETCH_STEP <= end; i += PREFETCH_STEP) {
+            prefetch(args->exp_avg + i + PREFETCH_NUMEL);
+            prefetch(args->exp_avg + i + PREFETCH_NUMEL + PREFETCH_STEP / 2);
+            prefetch(args->exp_avg_sq + i + PREFETCH_NUMEL);
+            prefetch(args->exp_avg_sq + i + PREFETCH_NUMEL + PREFETCH_STEP / 2);
+            ISA(prefetch_masters)(args, i, is_split, grad_is_bf16);
+#pragma GCC unroll 4
+            for (int j = 0; j < PREFETCH_STEP; j += LANES)
+                ISA(adamw_vector)(args, &constants, i + j, is_split, grad_is_bf16);
         }
-        VF m = vf_load(exp_avg + i);
-        VF v = vf_load(exp_avg_sq + i);
-        VF p = is_split ? ISA(load_master)(hi, lo, i) : vf_load(param + i);
-        ISA(adamw_step)(&constants, ISA(load_grad)(grad, i, grad_is_bf16), &p, &m, &v);
-        vf_store(exp_avg + i, ISA(canonical_nan)(m));
-        vf_store(exp_avg_sq + i, ISA(canonical_nan)(v));
-        if (is_split)
-            ISA(store_master)(hi, lo, i, p);
-        else
-            vf_store(param + i, ISA(canonical_nan)(p));
-    }
+    for (; i + LANES <= end; i += LANES)
+        ISA(adamw_vector)(args, &constants, i, is_split, grad_is_bf16);
     return i;
 }
 
@@ -130,23 +153,28 @@ TARGET static void ISA(adamw_fp32_fp32)(const void *args, int64_t begin, int64_t
 typedef struct {
     float m[MOMENT_BLOCK] __attribute__((aligned(64)));
     float r[MOMENT_BLOCK] __attribute__((aligned(64)));
-    float m_inverse, r_inverse; /* by what to multiply before the square root */
+    float m_inverse, r_inverse; /* by what to multiply before the square root, which is in units of 1/1024 */
     int8_t *exp_avg;            /* where the codes go */
     uint8_t *exp_avg_sq;
 } ISA(moment_block);
+
+/* The code of a magnitude: its root in units of 1/1024, dithered by the low bits of the value itself. */
+TARGET INLINE VI ISA(code)(VF magnitude, float inverse)
+{
+    VI root = vi_round(vf_sqrt(vf_mul(magnitude, vf_set1(inverse))));
+    VI low_bits = vi_and(vf_bits(magnitude), vi_set1((1 << DITHER_BITS) - 1));
+    return vi_shift_right(vi_add(root, low_bits), DITHER_BITS);
+}
 
 /* Store the codes of one vector. */
 TARGET INLINE void ISA(store_codes)(const ISA(moment_block) *block, int j)
 {
     VI m_bits = vf_bits(vf_load(block->m + j));
     VF m = vf_of_bits(vi_and(m_bits, vi_set1(0x7FFFFFFF)));
-    VI m_root = vf_bits(vf_sqrt(vf_mul(m, vf_set1(block->m_inverse))));
-    VI m_sign = vi_and(m_bits, vi_set1(0x80000000));
-    vi_store_i8(block->exp_avg + j, vi_round(vf_of_bits(vi_or(m_root, m_sign))));
+    vi_store_i8(block->exp_avg + j, vi_negate_where_negative(m_bits, ISA(code)(m, block->m_inverse)));
     VF r = vf_load(block->r + j);
-    VI r_code = vi_round(vf_sqrt(vf_mul(r, vf_set1(block->r_inverse))));
     VI floor = vi_min_u32(vf_bits(r), vi_set1(1)); /* r is not negative: 1 where it is not 0 */
-    vi_store_u8(block->exp_avg_sq + j, vi_max_u32(r_code, floor));
+    vi_store_u8(block->exp_avg_sq + j, vi_max_u32(ISA(code)(r, block->r_inverse), floor));
 }
 
 /* Store the scale, given the highest magnitudes of a block's values. Returns their inverse as above; where it
@@ -163,7 +191,7 @@ TARGET INLINE float ISA(store_scale)(float *scale, VI magnitude_bits, float leve
         memset(values, 0, MOMENT_BLOCK * sizeof *values);
         return 0.0f;
     }
-    return levels / float_of(bits);
+    return levels * (float)(1 << 2 * DITHER_BITS) / float_of(bits);
 }
 
 /* begin is that of a block. Vector paths leave a short last block to the portable one. */
@@ -190,14 +218,10 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
         VI highest_r = vi_set1(0);
         for (int j = 0; j < count; j += LANES) {
             int64_t i = begin + j;
-            prefetch(exp_avg + i + PREFETCH_NUMEL);
-            prefetch(exp_avg_sq + i + PREFETCH_NUMEL);
-            prefetch((const char *)grad + (i + PREFETCH_NUMEL) * (grad_is_bf16 ? 2 : 4));
-            if (is_split) {
-                prefetch(hi + i + PREFETCH_NUMEL);
-                prefetch(lo + i + PREFETCH_NUMEL);
-            } else {
-                prefetch(param + i + PREFETCH_NUMEL);
+            if (LANES > 1 && j % PREFETCH_STEP == 0) {
+                prefetch(exp_avg + i + PREFETCH_NUMEL);
+                prefetch(exp_avg_sq + i + PREFETCH_NUMEL);
+                ISA(prefetch_masters)(args, i, is_split, grad_is_bf16);
             }
             VF q = vf_of_int(vi_load_i8(exp_avg + i));
             VF abs_q = vf_of_bits(vi_and(vf_bits(q), magnitude_mask));

@@ -44,10 +44,13 @@ enum { ROW = 1024 };
 enum { MOMENT_BLOCK = 128 };
 #define EXP_AVG_LEVELS 16129.0f
 #define EXP_AVG_SQ_LEVELS 65025.0f
-#define SMALLEST_SCALE_BITS 0x0D800000u /* 2**-100 */
+#define SMALLEST_SCALE_BITS 0x12800000u /* 2**-90 */
+#define DITHER_BITS 10
 
 /* A thread is worth waking for this many elements (about 0.1 ms of work). */
 #define GRAIN_NUMEL 32768
+/* Elements between two prefetches of a stream of 16-bit elements: a cache line. */
+#define PREFETCH_STEP 32
 /* Threads meet at multiples of this: whole blocks of 8-bit moments, and 1 KiB of their codes, so no cache line
  * but those of scales is shared by two writers. */
 #define BOUNDARY_NUMEL 1024
@@ -240,7 +243,9 @@ static int forked_after_first_use(void)
 }
 #endif
 
-/* Run work on 0..count in one contiguous piece per thread. Pieces begin at multiples of boundary. */
+/* Run work on 0..count in pieces of grain to 8 grains, a multiple of boundary each. Threads take the next piece
+ * as they finish one: cores do not run at one speed (others' work, the share of memory bandwidth that each gets),
+ * and with one fixed piece per thread all would wait for the slowest. */
 static void run_parallel(range_function work, const void *args, int64_t count, int64_t boundary,
                          int64_t grain, int threads)
 {
@@ -249,18 +254,17 @@ static void run_parallel(range_function work, const void *args, int64_t count, i
         threads = (int)useful;
 #ifdef _OPENMP
     if (threads > 1 && !forked_after_first_use()) {
-#pragma omp parallel num_threads(threads)
-        {
-            /* The team may be smaller than asked for (OMP_THREAD_LIMIT). */
-            int64_t team = omp_get_num_threads();
-            int64_t boundaries = (count + boundary - 1) / boundary;
-            int64_t index = omp_get_thread_num();
-            int64_t begin = boundaries * index / team * boundary;
-            int64_t end = boundaries * (index + 1) / team * boundary;
-            if (end > count)
-                end = count;
-            if (begin < end)
-                run_in_ieee_mode(work, args, begin, end);
+        int64_t piece = count / (8 * (int64_t)threads);
+        if (piece > 8 * grain)
+            piece = 8 * grain;
+        if (piece < grain)
+            piece = grain;
+        piece = (piece + boundary - 1) / boundary * boundary;
+        int64_t pieces = (count + piece - 1) / piece;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+        for (int64_t index = 0; index < pieces; index++) {
+            int64_t end = (index + 1) * piece;
+            run_in_ieee_mode(work, args, index * piece, end < count ? end : count);
         }
         return;
     }
