@@ -2,8 +2,11 @@
 
 Fine-tunes the demo's model (SmolLM2-135M-Instruct) on the demo's data once for each learning rate, seed and format of
 the moments, everything else the same, and writes one JSON row for each run: training and held-out loss by step.
+With --scratch a small byte-level llama learns the Python standard library's source text instead, from random weights,
+which takes more steps and larger updates than fine-tuning.
 
     python tests/bench/convergence.py --steps 600 --learning-rates 2e-5 2e-4 --seeds 0 1 --out rows.jsonl
+    python tests/bench/convergence.py --scratch --steps 3000 --learning-rates 1e-3 --out rows.jsonl
     python tests/bench/convergence.py --plot rows.jsonl --out picture.svg
 """
 
@@ -31,6 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", help="hub name, directory or .gguf file (default: the demo's)")
+    add("--scratch", action="store_true", help="a small llama from random weights, on bytes")
     add("--dataset", help="as in the demo (default: the standard library's docstrings)")
     add("--steps", type=int, default=600)
     add("--batch-size", type=int, default=16)
@@ -62,22 +66,68 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps({key: value for key, value in row.items() if key != "curve"}), flush=True)
 
 
-def run(options: argparse.Namespace, learning_rate: float, seed: int, states: str) -> dict[str, Any]:
-    """Train once; returns the row."""
-    import torch
+def prepare_pretrained(options: argparse.Namespace, seed: int) -> tuple:
+    """The demo's model and data: (name of the model, of the data, model, train, held out, collator)."""
     from corpus import load_corpus
     from pretrained import default_model, load_pretrained
     from prompts import Prompts, padding_collator
-    from transformers import PrinterCallback, TrainingArguments, set_seed
 
-    from hf_slideformer import SlideTrainer
-
-    set_seed(seed)
     source = options.model or default_model()
     model, tokenizer = load_pretrained(source)
     corpus = load_corpus(options.dataset, seed, options.held_out)
     prompts = Prompts(tokenizer, corpus.instruction, options.max_length)
     train, held_out = prompts.encode_all(corpus.train), prompts.encode_all(corpus.held_out)
+    return Path(source).name, corpus.name, model, train, held_out, padding_collator(tokenizer)
+
+
+def prepare_scratch(options: argparse.Namespace, seed: int) -> tuple:
+    """A llama of 1.3 M parameters, and source text in rows of bytes; every 20th file is held out."""
+    import sysconfig
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, default_data_collator
+
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=160,
+        intermediate_size=432,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=options.max_length,
+        tie_word_embeddings=True,
+    )
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    sides = []
+    for is_held_out in (False, True):
+        chosen = [path for index, path in enumerate(files) if (index % 20 == 0) == is_held_out]
+        text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in chosen)), dtype=torch.uint8)
+        rows = (
+            text[: len(text) // options.max_length * options.max_length].view(-1, options.max_length).long()
+        )
+        sides.append([{"input_ids": row, "labels": row} for row in rows])
+    generator = torch.Generator().manual_seed(seed)
+    held_out = [sides[1][i] for i in torch.randperm(len(sides[1]), generator=generator)[: options.held_out]]
+    return (
+        "byte-level llama from random weights",
+        "Python's standard library, source text",
+        LlamaForCausalLM(config),
+        sides[0],
+        held_out,
+        default_data_collator,
+    )
+
+
+def run(options: argparse.Namespace, learning_rate: float, seed: int, states: str) -> dict[str, Any]:
+    """Train once; returns the row."""
+    import torch
+    from transformers import PrinterCallback, TrainingArguments, set_seed
+
+    from hf_slideformer import SlideTrainer
+
+    set_seed(seed)
+    prepare = prepare_scratch if options.scratch else prepare_pretrained
+    model_name, data_name, model, train, held_out, collator = prepare(options, seed)
     every = max(1, options.steps // EVALUATIONS)
     with tempfile.TemporaryDirectory() as directory:
         trainer = SlideTrainer(
@@ -103,7 +153,7 @@ def run(options: argparse.Namespace, learning_rate: float, seed: int, states: st
             ),
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=padding_collator(tokenizer),
+            data_collator=collator,
             slide_config={"optimizer_states": states},
         )
         trainer.remove_callback(PrinterCallback)
@@ -120,8 +170,9 @@ def run(options: argparse.Namespace, learning_rate: float, seed: int, states: st
         for step in sorted({*trained, *judged})
     ]
     return {
-        "model": Path(source).name,
-        "data": corpus.name,
+        "model": model_name,
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "data": data_name,
         "train_rows": len(train),
         "held_out_rows": len(held_out),
         "optimizer_states": states,
