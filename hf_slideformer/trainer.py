@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.training_args import OptimizerNames
 
 from .accelerator import SlideAccelerator
@@ -103,7 +104,9 @@ class SlideTrainerMixin(_Trainer):
             budgets = find_budgets(self._slide_config, self.args.device)
             check_budgets(self._blueprint().plan(training=True), budgets)
         if self.label_smoother is not None:
-            self.label_smoother = _FusedLabelSmoother(self.label_smoother)
+            self.label_smoother = _FusedLabelSmoother(
+                self.label_smoother.epsilon, self.label_smoother.ignore_index
+            )
         self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
 
     # -- construction ----------------------------------------------------------------------------------------
@@ -168,12 +171,6 @@ class SlideTrainerMixin(_Trainer):
         for flag in ("gradient_checkpointing", "activation_checkpointing"):
             if getattr(args, flag, False):
                 setattr(args, flag, False)
-        if args.use_liger_kernel and self._slide_config.loss != "model":
-            # Liger's layers, and our loss head; Liger's own head on request.
-            args.liger_kernel_config = {
-                "fused_linear_cross_entropy": False,
-                **(args.liger_kernel_config or {}),
-            }
         _check_writable(Path(args.output_dir))
 
     def _check_model(self, model: nn.Module) -> None:
@@ -229,9 +226,20 @@ class SlideTrainerMixin(_Trainer):
         """As in Trainer; when it returns, every update is done."""
         self._check_model(self.model)
         logger.info("Where the training state lives:\n%s", self.slide.plan)
-        result = super().train(*args, **kwargs)
+        given = self.args.liger_kernel_config
+        if self.args.use_liger_kernel and self._fuses_loss():
+            # Liger's layers, and our loss head; Liger's own head on request.
+            self.args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(given or {})}
+        try:
+            result = super().train(*args, **kwargs)
+        finally:
+            self.args.liger_kernel_config = given
         self.slide.synchronize()
         return result
+
+    def _fuses_loss(self) -> bool:
+        engine = self.slide.engine
+        return engine.fuses_loss if engine is not None else self._blueprint().head.module is not None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Trainer; an exception (out of memory, Ctrl-C) leaves the engine usable."""
@@ -295,27 +303,24 @@ for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") 
     setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
 
 
-class _FusedLabelSmoother:
-    """Trainer's `LabelSmoother`, by the fused loss where the logits are deferred."""
-
-    def __init__(self, original: Any) -> None:
-        self._original = original
+class _FusedLabelSmoother(LabelSmoother):
+    """Trainer's own, by the fused loss where the logits are deferred."""
 
     def __call__(
         self, model_output: Any, labels: torch.Tensor, shift_labels: bool = False, **kwargs: Any
     ) -> torch.Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
         if not isinstance(logits, DeferredLogits):
-            return self._original(model_output, labels, shift_labels=shift_labels, **kwargs)
+            return super().__call__(model_output, labels, shift_labels=shift_labels, **kwargs)
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]
         items = kwargs.get("num_items_in_batch")
         loss = nn.functional.cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             labels.reshape(-1),
-            ignore_index=self._original.ignore_index,
+            ignore_index=self.ignore_index,
             reduction="mean" if items is None else "sum",
-            label_smoothing=self._original.epsilon,
+            label_smoothing=self.epsilon,
         )
         return loss if items is None else loss / (items.to(loss.device) if torch.is_tensor(items) else items)
 

@@ -680,6 +680,11 @@ class SlideEngine:
         """Whether some weights came in as fp32 and are live as the bf16 half of a split master."""
         return any(s.residual is not None and s.spec.source_dtype == torch.float32 for s in self.states)
 
+    @property
+    def fuses_loss(self) -> bool:
+        """Whether the head hands out deferred logits, so that the loss may run fused."""
+        return self._blueprint.head.module is not None
+
     def owns(self, param: torch.Tensor) -> bool:
         """Whether `param` is a parameter of this engine's model."""
         return id(param) in self._state_of

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,7 @@ def defer_logits(head: nn.Linear, on_loss: Callable[[int], None], on_read: Calla
         on_loss: called with the number of tokens whenever a loss ran fused.
         on_read: called with the name of the function that needed all logits, where gradients are on.
     """
-    head.forward = HeadForward(head, on_loss, on_read)  # type: ignore[method-assign, assignment]
+    head.forward = HeadForward(head, on_loss, on_read)  # type: ignore[method-assign]
 
 
 class HeadForward:
@@ -104,19 +105,19 @@ class HeadForward:
         self.on_loss = on_loss
         self.on_read = on_read
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in nn.Linear
         weight, bias = self._head.weight, self._head.bias
-        operands = [hidden, weight] if bias is None else [hidden, weight, bias]
-        device = hidden.device.type
+        operands = [input, weight] if bias is None else [input, weight, bias]
+        device = input.device.type
         if torch.is_autocast_enabled(device):
             operands = [x.to(torch.get_autocast_dtype(device)) for x in operands]
         kinds = {(x.dtype, x.device) for x in operands}
-        if len(kinds) > 1 or operands[0].dtype not in _DTYPES or isinstance(hidden, DeferredLogits):
-            return self._original(hidden)  # torch's own error, if it is one
-        watched = tuple((x, _version(x)) for x in (hidden, *self._head.parameters()))
+        if len(kinds) > 1 or operands[0].dtype not in _DTYPES or isinstance(input, DeferredLogits):
+            return self._original(input)  # torch's own error, if it is one
+        watched = tuple((x, _version(x)) for x in (input, *self._head.parameters()))
         source = _Source(operands[1], operands[2] if bias is not None else None, self, watched)
         recipe = _Recipe(nn.functional.linear, tuple(operands), source, operands[0])
-        return recipe.wrapped((*hidden.shape[:-1], weight.shape[0]), operands[0].dtype)
+        return recipe.wrapped((*input.shape[:-1], weight.shape[0]), operands[0].dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copied model is an ordinary one.
@@ -129,17 +130,20 @@ class HeadForward:
         raise_not_picklable()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Source:
-    """The head as it was when the logits were made.
+    """The head as it was when the logits were made, shared by all tensors that come from these logits.
 
-    `weight` and `bias` are what computes; `watched` are tensors with their versions then.
+    `weight` and `bias` are what computes; `watched` are tensors with their versions then; `members` are the recipes
+    that are still alive; `fused` says that a loss has run without logits.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     forward: HeadForward
     watched: tuple[tuple[torch.Tensor, int], ...]
+    members: weakref.WeakSet[_Recipe] = field(default_factory=weakref.WeakSet)
+    fused: bool = False
 
     def check_unchanged(self) -> None:
         """Raise `StateError` if the head was updated since: the logits would not be those of that forward."""
@@ -154,7 +158,7 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Recipe:
     """How to compute a tensor of logits, and what the fused loss has to know instead.
 
@@ -176,6 +180,7 @@ class _Recipe:
 
     def wrapped(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """The tensor that stands for the result."""
+        self.source.members.add(self)
         return _Deferred.apply(self, torch.Size(shape), dtype, *self.inputs)
 
     def value(self, reader: str) -> torch.Tensor:
@@ -187,11 +192,31 @@ class _Recipe:
                     self.source.forward.on_read(reader)
             inputs = [x.recipe.value(reader) if isinstance(x, DeferredLogits) else x for x in self.inputs]
             device = self.source.weight.device.type
-            with torch.set_grad_enabled(self.grad_mode), torch.autocast(device, enabled=False):
-                self.result = self.compute(*inputs)
-            self.version = _version(self.result)
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(self.grad_mode),
+                torch.autocast(device, enabled=False),
+            ):
+                result = self.compute(*inputs)
+            self.version = self._check_not_written(result)
+            self.result = result
             self.inputs = ()  # lets go of the logits that this is a view of, unless somebody else wants them
         return self.result
+
+    def _check_not_written(self, result: torch.Tensor) -> int:
+        """The version of `result` as if nobody had written to it; raises if it is a copy of what was written to."""
+        for x in self.inputs:
+            if isinstance(x, DeferredLogits):
+                base = x.recipe.result
+                assert base is not None
+                if result.untyped_storage().data_ptr() == base.untyped_storage().data_ptr():
+                    return x.recipe.version  # a view, which sees what was written
+                if base._version != x.recipe.version:
+                    raise StateError(
+                        "logits were written in place, out of torch's sight, after a copy of them was asked for and "
+                        "before it was computed; set SlideConfig(loss='model')"
+                    )
+        return result._version
 
     def is_untouched(self) -> bool:
         """Whether nobody has seen these logits or those they come from, and could have written to them."""
@@ -217,8 +242,11 @@ class DeferredLogits(torch.Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _METADATA:
+            if args[0].recipe.result is not None:
+                return func(args[0].recipe.result, *args[1:], **kwargs)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
         record = _RECORDED.get(func)
         if (
             record is not None
@@ -229,7 +257,17 @@ class DeferredLogits(torch.Tensor):
             result = record(func, *args, **kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = _computed(getattr(func, "__name__", str(func)), args, kwargs)
+        if args and isinstance(args[0], DeferredLogits):
+            source = args[0].recipe.source
+            if source.fused and func in _GRADIENT_REQUESTS:
+                raise StateError(
+                    f"{name}() on logits whose loss has been computed without them: no gradient would arrive; call it "
+                    "before the loss, or set SlideConfig(loss='model')"
+                )
+            if name.endswith("_") and (not name.endswith("__") or name == "__setitem__" or name in _IN_PLACE):
+                for member in list(source.members):  # copies must not see what is written now
+                    member.value(name)
+        args, kwargs = _computed(name, args, kwargs)
         return func(*args, **kwargs)
 
     @classmethod
@@ -365,14 +403,18 @@ def _run_loss(
         or target.shape != x.shape[:1]
         or target.device != x.device
         or not recipe.is_untouched()
+        # torch's own error on the CPU; on a GPU the check would wait for it, and the loss becomes NaN
+        or (x.device.type == "cpu" and _is_outside(target, x.shape[1], ignore_index))
     ):
         return NotImplemented
     recipe.source.check_unchanged()
     recipe.source.forward.on_loss(target.numel())
+    recipe.source.fused = True
+    wants_grads = torch.is_grad_enabled() and x.requires_grad
     scale, cap = recipe.factor, None
     if recipe.squashed:  # factor * tanh(scale * z) = cap * tanh(logit_scale * z / cap)
         scale, cap = recipe.scale * recipe.factor, recipe.factor
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.set_grad_enabled(wants_grads), torch.autocast(x.device.type, enabled=False):
         return linear_cross_entropy(
             recipe.rows,
             recipe.source.weight,
@@ -386,6 +428,15 @@ def _run_loss(
         )
 
 
+def _is_outside(target: torch.Tensor, vocabulary: int, ignore_index: int) -> bool:
+    return bool((((target < 0) | (target >= vocabulary)) & (target != ignore_index)).any())
+
+
+# Besides `__setitem__` and whatever ends in one underscore.
+_IN_PLACE = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+} | {"__ilshift__", "__irshift__"}
+_GRADIENT_REQUESTS = (torch.Tensor.retain_grad, torch.Tensor.register_hook)
 _PRODUCTS = (torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__, torch.mul)
 _RECORDED: dict[Callable, Callable] = {
     **dict.fromkeys((torch.Tensor.float, torch.Tensor.to, torch.Tensor.contiguous), _record_cast),

@@ -123,6 +123,15 @@ class ParamState:
                     "fp32, or 8-bit codes with scales as hf_slideformer writes them"
                 )
 
+        if not isinstance(saved.get("step"), (int, float, torch.Tensor)):
+            raise CheckpointError(f"{self.name}: the saved state has no step count")
+        residual = saved.get("master_residual")
+        if self.residual is not None and residual is not None and residual.shape != self.residual.shape:
+            raise CheckpointError(
+                f"{self.name}: saved master_residual has shape {tuple(residual.shape)}, this model's parameter wants "
+                f"{tuple(self.residual.shape)}"
+            )
+
     def load_moments(self, saved: Mapping[str, Any]) -> None:
         """Copy checked moments into place: bit for bit, or converted from the other format."""
         have, want = moment_format_of(saved), moment_format_of(self.moments)

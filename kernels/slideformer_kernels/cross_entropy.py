@@ -37,14 +37,13 @@ class LossOptions:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
-    @property
-    def unit(self) -> float:
+    def unit(self, vocabulary: int) -> float:
         """What the row kernels' gradients are divided by, for backward to multiply by in fp32.
 
-        It makes a label's entry nearly -1, which bf16 holds, and not, say, -0.9, which it rounds by 0.2 %: that entry
-        is the largest of its row, and its rounding would be most of the gradient's error.
+        It makes a label's entry -1 plus its probability, and -1 is a number that bf16 holds, unlike, say, -0.9, which
+        it rounds by 0.2 %: that entry is the largest of its row, and its rounding would be most of the error.
         """
-        return (1.0 - self.label_smoothing) * self.logit_scale or 1.0
+        return (1.0 - self.label_smoothing + self.label_smoothing / vocabulary) * self.logit_scale or 1.0
 
 
 def linear_cross_entropy(
@@ -122,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         )
         losses = _run_chunks(hidden, weight, labels, bias, options, memory_budget, grads)
-        ctx.grads, ctx.unit = grads, options.unit
+        ctx.grads, ctx.unit = grads, options.unit(weight.shape[0])
         ctx.dtypes = tuple(None if x is None else _grad_dtype(x) for x in (hidden, weight, bias))
         return losses.sum(dtype=torch.float64).float()
 

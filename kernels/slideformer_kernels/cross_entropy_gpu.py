@@ -55,7 +55,7 @@ def cross_entropy_(
             float(options.softcap),
             float(options.label_smoothing),
             float(options.z_loss),
-            options.logit_scale / options.unit,
+            options.logit_scale / options.unit(vocabulary),
             HAS_SOFTCAP=options.softcap != 0.0,
             HAS_SMOOTHING=options.label_smoothing != 0.0,
             WRITE_GRAD=write_grad,
@@ -202,7 +202,7 @@ def _transformed(z, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
 @triton.jit
 def _cap_slope(x, softcap):
     """Return the derivative of soft-capping, 1 - tanh(x / softcap)**2, without the cancellation."""
-    e = tl.exp(-2.0 * tl.abs(x) / softcap)
+    e = tl.exp(-2.0 * tl.abs(x / softcap))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
 

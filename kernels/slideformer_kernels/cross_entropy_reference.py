@@ -68,7 +68,7 @@ def _cross_entropy(
         grad += p * (2.0 * options.z_loss * lse).unsqueeze(1)
     if options.softcap:
         grad *= 1.0 - squashed.square()
-    grad *= options.logit_scale / options.unit
+    grad *= options.logit_scale / options.unit(vocabulary)
     grad.masked_fill_(outside.unsqueeze(1), torch.nan)
     logits.copy_(grad.masked_fill_(ignored.unsqueeze(1), 0.0))
 

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_slideformer import SlideConfig, SlideTrainer
 from hf_slideformer.engine import loss as loss_seam
@@ -450,21 +451,136 @@ def test_head_gradient_is_summed_in_fp32_over_micro_batches():
     assert not torch.equal(grad, grad.bfloat16().float())
 
 
-def test_liger_leaves_the_head_to_us_unless_asked(tmp_path):
-    for given, expected in (
-        (None, {"fused_linear_cross_entropy": False}),
-        ({"rope": False}, {"rope": False, "fused_linear_cross_entropy": False}),
-        ({"fused_linear_cross_entropy": True}, {"fused_linear_cross_entropy": True}),
-    ):
-        trainer = runs.make(
-            SlideTrainer, runs.llama(), tmp_path, use_liger_kernel=True, liger_kernel_config=given
-        )
-        assert trainer.args.liger_kernel_config == expected
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_without_gradients_give_losses_without_gradients(mode):
+    head, plain = make_head()
+    Reports(head)
+    hidden = torch.randn(2, 7, 16)
+    with mode():
+        logits = head(hidden)
+    assert not FUSED["as transformers"](logits).requires_grad
+    logits = head(hidden)
+    with mode():
+        later = logits.float().view(-1, VOCAB)
+    assert not F.cross_entropy(later, LABELS.view(-1)).requires_grad
+    # Both kinds in one sum: only one of them reaches the head.
+    loss = FUSED["as transformers"](logits) + F.cross_entropy(later, LABELS.view(-1))
+    loss.backward()
+    FUSED["as transformers"](plain(hidden)).backward()
+    torch.testing.assert_close(head.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_in_inference_mode_leave_the_gradient_alone():
+    head, plain = make_head()
+    Reports(head)
+    hidden = torch.randn(2, 7, 16)
+    logits = head(hidden)
+    with torch.inference_mode():
+        logits.argmax(-1)
+    FUSED["as transformers"](logits).backward()
+    FUSED["as transformers"](plain(hidden)).backward()
+    assert torch.equal(head.weight.grad, plain.weight.grad)
+
+
+COPIES = {
+    "quotient": lambda x: x / 2.0,
+    "tanh": torch.tanh,
+    "contiguous slice": lambda x: x[:, :-1].contiguous(),
+    "quotient of a view": lambda x: x.view(-1, VOCAB) / 2.0,
+    "view": lambda x: x.view(-1, VOCAB),
+}
+
+
+@pytest.mark.parametrize("copy_of", COPIES)
+def test_copies_do_not_see_what_is_written_later(copy_of):
+    def consume(x):
+        taken = COPIES[copy_of](x)
+        x[..., 3] = -30.0
+        return taken.softmax(-1).square().sum() + x.logsumexp(-1).sum()
+
+    head, plain = make_head()
+    Reports(head)
+    hidden = torch.randn(2, 7, 16)
+    for actual, expected in zip(run(head, consume, hidden), run(plain, consume, hidden), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_writes_out_of_sight_before_a_copy_is_computed_are_noticed():
+    head, _ = make_head()
+    Reports(head)
+    with torch.no_grad():
+        logits = head(torch.randn(2, 7, 16))
+        taken = logits.view(-1, VOCAB) / 2.0
+        logits.detach().zero_()  # detach gives the plain tensor, whose writes nobody sees
+        with pytest.raises(StateError, match="out of torch's sight"):
+            taken.exp()
+
+
+def test_in_place_changes_of_metadata_show():
+    head, _ = make_head()
+    Reports(head)
+    logits = head(torch.randn(7, 16))
+    logits.unsqueeze_(0)
+    assert logits.shape == (1, 7, VOCAB) and logits.dim() == 3
+
+
+def test_gradients_asked_for_after_a_fused_loss_are_refused():
+    head, _ = make_head()
+    Reports(head)
+    logits = head(torch.randn(2, 7, 16))
+    FUSED["as transformers"](logits)
+    with pytest.raises(StateError, match="before the loss"):
+        logits.retain_grad()
+    with pytest.raises(StateError, match="before the loss"):
+        logits.register_hook(print)
+    logits = head(torch.randn(2, 7, 16))
+    logits.retain_grad()
+    FUSED["as transformers"](logits).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+def test_labels_out_of_range_are_torchs_error():
+    head, _ = make_head()
+    Reports(head)
+    with pytest.raises(IndexError):
+        F.cross_entropy(head(torch.randn(3, 16)), torch.tensor([1, VOCAB, 2]))
+
+
+def test_head_takes_its_argument_by_name():
+    head, plain = make_head()
+    Reports(head)
+    hidden = torch.randn(3, 16)
+    assert torch.equal(head(input=hidden), plain(input=hidden))
+
+
+@pytest.mark.parametrize(
+    ("given", "loss", "seen"),
+    [
+        (None, "fused", {"fused_linear_cross_entropy": False}),
+        ({"rope": False}, "fused", {"rope": False, "fused_linear_cross_entropy": False}),
+        ({"fused_linear_cross_entropy": True}, "fused", {"fused_linear_cross_entropy": True}),
+        (None, "model", None),
+    ],
+)
+def test_liger_leaves_the_head_to_us_unless_asked(given, loss, seen, tmp_path, monkeypatch):
     trainer = runs.make(
         SlideTrainer,
         runs.llama(),
         tmp_path,
         use_liger_kernel=True,
-        trainer_kwargs={"slide_config": {"loss": "model"}},
+        liger_kernel_config=given,
+        trainer_kwargs={"slide_config": {"loss": loss}},
+        max_steps=1,
     )
-    assert not trainer.args.liger_kernel_config
+    applied = []
+    monkeypatch.setattr(
+        "transformers.trainer.apply_liger_kernel", lambda model, config: applied.append(config)
+    )
+    trainer.train()
+    assert applied == [seen]
+    assert trainer.args.liger_kernel_config == given  # the user's, who may use it again
+
+
+def test_label_smoother_is_still_trainers(tmp_path):
+    trainer = runs.make(SlideTrainer, runs.llama(), tmp_path, label_smoothing_factor=0.1)
+    assert isinstance(trainer.label_smoother, LabelSmoother) and trainer.label_smoother.epsilon == 0.1
