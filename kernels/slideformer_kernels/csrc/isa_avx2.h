@@ -2,6 +2,8 @@
 #define ISA(name) name##_avx2
 #define TARGET __attribute__((target("avx2,fma")))
 #define LANES 8
+#define VECTORS 1
+#define SQUARED_CODE_UNIT 1.0f
 #define VF __m256
 #define VI __m256i
 #define FINISH(name) name##_portable(args, begin, end)

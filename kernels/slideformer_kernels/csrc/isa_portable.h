@@ -2,6 +2,8 @@
 #define ISA(name) name##_portable
 #define TARGET
 #define LANES 1
+#define VECTORS 1
+#define SQUARED_CODE_UNIT 1.0f
 #define VF float
 #define VI uint32_t
 #define FINISH(name) (void)begin

@@ -2,6 +2,8 @@
 #undef ISA
 #undef TARGET
 #undef LANES
+#undef VECTORS
+#undef SQUARED_CODE_UNIT
 #undef VF
 #undef VI
 #undef FINISH

@@ -150,6 +150,49 @@ TARGET static void ISA(adamw_fp32_fp32)(const void *args, int64_t begin, int64_t
  * block is updated, and the vectors of the two blocks take turns: both need the divider, which alternating
  * keeps busy (12 % faster than one block after the other). */
 
+#if VECTORS == 1
+/* Loads and stores of VECTORS vectors. Where these are more than one, the isa_*.h file defines the seven
+ * functions, and may spread the elements over its vectors in any order that all seven share. It may also load
+ * exp_avg's codes times a power of two, which does not change the products' bits: SQUARED_CODE_UNIT takes its
+ * square back. */
+TARGET INLINE void ISA(load_masters)(const uint16_t *hi, const int16_t *lo, VF *p)
+{
+    p[0] = ISA(load_master)(hi, lo, 0);
+}
+
+TARGET INLINE void ISA(store_masters)(uint16_t *hi, int16_t *lo, const VF *p)
+{
+    ISA(store_master)(hi, lo, 0, p[0]);
+}
+
+TARGET INLINE void ISA(load_floats)(const float *from, VF *x)
+{
+    x[0] = vf_load(from);
+}
+
+TARGET INLINE void ISA(store_floats)(float *to, const VF *x)
+{
+    vf_store(to, ISA(canonical_nan)(x[0]));
+}
+
+TARGET INLINE void ISA(load_bf16s)(const uint16_t *from, VF *x)
+{
+    x[0] = ISA(load_grad)(from, 0, 1);
+}
+
+TARGET INLINE void ISA(load_codes)(const int8_t *exp_avg, const uint8_t *exp_avg_sq, VF *m, VF *r)
+{
+    m[0] = vf_of_int(vi_load_i8(exp_avg));
+    r[0] = vf_of_int(vi_load_u8(exp_avg_sq));
+}
+
+TARGET INLINE void ISA(store_codes)(int8_t *exp_avg, uint8_t *exp_avg_sq, const VI *m, const VI *r)
+{
+    vi_store_i8(exp_avg, m[0]);
+    vi_store_u8(exp_avg_sq, r[0]);
+}
+#endif
+
 typedef struct {
     float m[MOMENT_BLOCK] __attribute__((aligned(64)));
     float r[MOMENT_BLOCK] __attribute__((aligned(64)));
@@ -166,15 +209,20 @@ TARGET INLINE VI ISA(code)(VF magnitude, float inverse)
     return vi_shift_right(vi_add(root, low_bits), DITHER_BITS);
 }
 
-/* Store the codes of one vector. */
-TARGET INLINE void ISA(store_codes)(const ISA(moment_block) *block, int j)
+/* Store the codes of VECTORS vectors. */
+TARGET INLINE void ISA(finish_codes)(const ISA(moment_block) *block, int j)
 {
-    VI m_bits = vf_bits(vf_load(block->m + j));
-    VF m = vf_of_bits(vi_and(m_bits, vi_set1(0x7FFFFFFF)));
-    vi_store_i8(block->exp_avg + j, vi_negate_where_negative(m_bits, ISA(code)(m, block->m_inverse)));
-    VF r = vf_load(block->r + j);
-    VI floor = vi_min_u32(vf_bits(r), vi_set1(1)); /* r is not negative: 1 where it is not 0 */
-    vi_store_u8(block->exp_avg_sq + j, vi_max_u32(ISA(code)(r, block->r_inverse), floor));
+    VI m_codes[VECTORS], r_codes[VECTORS];
+#pragma GCC unroll 2
+    for (int k = 0; k < VECTORS; k++) {
+        VI m_bits = vf_bits(vf_load(block->m + j + k * LANES));
+        VF m = vf_of_bits(vi_and(m_bits, vi_set1(0x7FFFFFFF)));
+        m_codes[k] = vi_negate_where_negative(m_bits, ISA(code)(m, block->m_inverse));
+        VF r = vf_load(block->r + j + k * LANES);
+        VI floor = vi_min_u32(vf_bits(r), vi_set1(1)); /* r is not negative: 1 where it is not 0 */
+        r_codes[k] = vi_max_u32(ISA(code)(r, block->r_inverse), floor);
+    }
+    ISA(store_codes)(block->exp_avg + j, block->exp_avg_sq + j, m_codes, r_codes);
 }
 
 /* Store the scale, given the highest magnitudes of a block's values. Returns their inverse as above; where it
@@ -214,34 +262,48 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
         int count = end - begin < MOMENT_BLOCK ? (int)(end - begin) : MOMENT_BLOCK;
         float *m_scale = args->exp_avg_scale + begin / MOMENT_BLOCK;
         float *r_scale = args->exp_avg_sq_scale + begin / MOMENT_BLOCK;
+        const VF m_scales = vf_set1(*m_scale);
+        const VF r_scales = vf_set1(*r_scale);
         VI highest_m = vi_set1(0);
         VI highest_r = vi_set1(0);
-        for (int j = 0; j < count; j += LANES) {
+        for (int j = 0; j < count; j += VECTORS * LANES) {
             int64_t i = begin + j;
             if (LANES > 1 && j % PREFETCH_STEP == 0) {
                 prefetch(exp_avg + i + PREFETCH_NUMEL);
                 prefetch(exp_avg_sq + i + PREFETCH_NUMEL);
                 ISA(prefetch_masters)(args, i, is_split, grad_is_bf16);
             }
-            VF q = vf_of_int(vi_load_i8(exp_avg + i));
-            VF abs_q = vf_of_bits(vi_and(vf_bits(q), magnitude_mask));
-            VF m = vf_mul(vf_mul(vf_mul(q, abs_q), vf_set1(1.0f / EXP_AVG_LEVELS)), vf_set1(*m_scale));
-            q = vf_of_int(vi_load_u8(exp_avg_sq + i));
-            VF r = vf_mul(vf_mul(vf_mul(q, q), vf_set1(1.0f / EXP_AVG_SQ_LEVELS)), vf_set1(*r_scale));
-            VF v = vf_mul(r, r);
-            VF p = is_split ? ISA(load_master)(hi, lo, i) : vf_load(param + i);
-            r = ISA(adamw_step)(&constants, ISA(load_grad)(grad, i, grad_is_bf16), &p, &m, &v);
-            vf_store(block->m + j, m);
-            vf_store(block->r + j, r);
-            highest_m = vi_max_u32(highest_m, vi_and(vf_bits(m), magnitude_mask));
-            /* Not negative but for a NaN, which is above all numbers with either sign. */
-            highest_r = vi_max_u32(highest_r, vf_bits(r));
+            VF q_m[VECTORS], q_r[VECTORS], p[VECTORS], g[VECTORS];
+            ISA(load_codes)(exp_avg + i, exp_avg_sq + i, q_m, q_r);
             if (is_split)
-                ISA(store_master)(hi, lo, i, p);
+                ISA(load_masters)(hi + i, lo + i, p);
             else
-                vf_store(param + i, ISA(canonical_nan)(p));
+                ISA(load_floats)(param + i, p);
+            if (grad_is_bf16)
+                ISA(load_bf16s)((const uint16_t *)grad + i, g);
+            else
+                ISA(load_floats)((const float *)grad + i, g);
+#pragma GCC unroll 2
+            for (int k = 0; k < VECTORS; k++) {
+                VF abs_q = vf_of_bits(vi_and(vf_bits(q_m[k]), magnitude_mask));
+                VF m = vf_mul(vf_mul(q_m[k], abs_q), vf_set1(SQUARED_CODE_UNIT / EXP_AVG_LEVELS));
+                m = vf_mul(m, m_scales);
+                VF r = vf_mul(vf_mul(q_r[k], q_r[k]), vf_set1(1.0f / EXP_AVG_SQ_LEVELS));
+                r = vf_mul(r, r_scales);
+                VF v = vf_mul(r, r);
+                r = ISA(adamw_step)(&constants, g[k], &p[k], &m, &v);
+                vf_store(block->m + j + k * LANES, m);
+                vf_store(block->r + j + k * LANES, r);
+                highest_m = vi_max_u32(highest_m, vi_and(vf_bits(m), magnitude_mask));
+                /* Not negative but for a NaN, which is above all numbers with either sign. */
+                highest_r = vi_max_u32(highest_r, vf_bits(r));
+            }
+            if (is_split)
+                ISA(store_masters)(hi + i, lo + i, p);
+            else
+                ISA(store_floats)(param + i, p);
             if (LANES > 1)
-                ISA(store_codes)(previous, j);
+                ISA(finish_codes)(previous, j);
         }
         block->m_inverse = ISA(store_scale)(m_scale, highest_m, EXP_AVG_LEVELS, block->m);
         block->r_inverse = ISA(store_scale)(r_scale, highest_r, EXP_AVG_SQ_LEVELS, block->r);
@@ -249,14 +311,14 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
         block->exp_avg_sq = exp_avg_sq + begin;
         if (LANES == 1)
             for (int j = 0; j < count; j++)
-                ISA(store_codes)(block, j);
+                ISA(finish_codes)(block, j);
         ISA(moment_block) *swap = previous;
         previous = block;
         block = swap;
     }
     if (LANES > 1)
-        for (int j = 0; j < MOMENT_BLOCK; j += LANES)
-            ISA(store_codes)(previous, j);
+        for (int j = 0; j < MOMENT_BLOCK; j += VECTORS * LANES)
+            ISA(finish_codes)(previous, j);
     return begin;
 }
 
