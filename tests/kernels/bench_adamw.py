@@ -5,7 +5,9 @@ there is one. Example: ``python tests/kernels/bench_adamw.py --numel 256000000 -
 """
 
 import argparse
+import contextlib
 import json
+import mmap
 import os
 import platform
 import sys
@@ -34,23 +36,28 @@ UPDATE_8BIT_BYTES = 2 * (2 + 2 + 1 + 1) + 2 + 2 * 8 / MOMENT_BLOCK_NUMEL
 SCALARS = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=10)
 
 
+def zeros(numel: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Allocate as the engine does: on the CPU an anonymous mapping that may have huge pages."""
+    if device != "cpu":
+        return torch.zeros(numel, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, max(1, numel * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel).zero_()
+
+
 def make_state(numel: int, device: str) -> list[torch.Tensor]:
-    """Allocate hi, lo, grad, exp_avg and exp_avg_sq; written by the C kernels' own threads on the CPU."""
-    hi = torch.zeros(numel, dtype=torch.bfloat16, device=device)
-    lo = torch.zeros(numel, dtype=torch.int16, device=device)
-    grad = torch.empty(numel, dtype=torch.bfloat16, device=device).normal_()
-    return [hi, lo, grad, torch.zeros(numel, device=device), torch.ones(numel, device=device)]
+    """Allocate hi, lo, grad, exp_avg and exp_avg_sq."""
+    hi, lo = zeros(numel, torch.bfloat16, device), zeros(numel, torch.int16, device)
+    grad = zeros(numel, torch.bfloat16, device).normal_()
+    return [hi, lo, grad, zeros(numel, torch.float32, device), zeros(numel, torch.float32, device).fill_(1.0)]
 
 
 def make_codes(numel: int, device: str) -> list[torch.Tensor]:
     """Allocate codes and scales of exp_avg and exp_avg_sq, the moments of a new parameter."""
     blocks = -(-numel // MOMENT_BLOCK_NUMEL)
-    return [
-        torch.zeros(numel, dtype=torch.int8, device=device),
-        torch.zeros(blocks, device=device),
-        torch.zeros(numel, dtype=torch.uint8, device=device),
-        torch.zeros(blocks, device=device),
-    ]
+    codes = ((numel, torch.int8), (blocks, torch.float32), (numel, torch.uint8), (blocks, torch.float32))
+    return [zeros(count, dtype, device) for count, dtype in codes]
 
 
 def percentiles_s(samples: list[float]) -> dict[str, float]:
