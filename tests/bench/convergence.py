@@ -196,30 +196,31 @@ def run(options: argparse.Namespace, learning_rate: float, seed: int, states: st
 
 
 def draw(rows: list[dict[str, Any]], out: Path) -> None:
-    """Held-out loss by step, one panel for each learning rate, one line for each run."""
+    """Held-out loss by step, one panel for each model and learning rate, one line for each run."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rates = sorted({row["learning_rate"] for row in rows})
-    figure, axes = plt.subplots(1, len(rates), figsize=(5.2 * len(rates), 3.6), squeeze=False)
+    panels = sorted({(row["model"], row["learning_rate"]) for row in rows}, key=lambda panel: panel[1])
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.6), squeeze=False)
     styles = {
         "fp32": {"color": "tab:blue", "linestyle": "-"},
         "8bit": {"color": "tab:orange", "linestyle": "--"},
     }
-    for axis, rate in zip(axes[0], rates, strict=True):
+    for axis, (model, rate) in zip(axes[0], panels, strict=True):
         labelled = set()
-        for row in (row for row in rows if row["learning_rate"] == rate):
+        for row in (row for row in rows if (row["model"], row["learning_rate"]) == (model, rate)):
             points = [(p["step"], p["held_out_loss"]) for p in row["curve"] if p["held_out_loss"] is not None]
             states = row["optimizer_states"]
             label = None if states in labelled else f"{states} moments"
             labelled.add(states)
             axis.plot(*zip(*points, strict=True), label=label, linewidth=1.4, alpha=0.85, **styles[states])
-        axis.set(title=f"learning rate {rate:g}", xlabel="step", ylabel="held-out loss")
+        axis.set_title(f"{model}, learning rate {rate:g}", fontsize=9)
+        axis.set(xlabel="step", ylabel="held-out loss")
         axis.legend()
     figure.tight_layout()
-    figure.savefig(out)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
