@@ -38,7 +38,8 @@ test-gpu: $(VENV)/.test $(VENV)/.gpu
 
 # The oldest transformers and Triton that we support, where they can differ: the parity tests, the GPU kernels
 # compiled and interpreted, and the smoke tests.
-SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row tests/kernels/test_gpu.py
+SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row tests/kernels/test_gpu.py \
+	tests/kernels/test_cross_entropy.py::test_all_kernels_compile_for_all_targets
 test-oldest: $(OLDEST)/.test
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(wildcard tests/parity) $(SMOKE) $(ARGS)
 

@@ -35,17 +35,20 @@ def cuda_operands(rows: int, vocabulary: int, width: int, dtype: torch.dtype) ->
     + [(vocabulary, "all") for vocabulary in VOCABULARIES]
     + [(128_257, name) for name in OPTIONS if name not in ("mean", "all")],
 )
-@pytest.mark.parametrize(("rows", "seeds"), [(1, 200), (17, 48), (4097, 4)])
+@pytest.mark.parametrize(("rows", "seeds"), [(1, 200), (17, 48), (4097, 2)])
 def test_errors_are_those_of_plain_pytorch(rows, seeds, vocabulary, name, dtype):
     if rows > 1000 and torch.cuda.get_device_properties(0).total_memory < PLAIN_BYTES:
         pytest.skip("too little GPU memory for the plain implementation")
     # Four chunks of 4,097 rows.
     budget = 1100 * (vocabulary + 64) * dtype.itemsize
+    # With a narrow weight the matrix library splits one long fp32 sum over 4,097 rows into many short ones, and the
+    # plain implementation gets better than either is at the width of a model.
+    width = 512 if rows > 1000 else 32
     errors = measure(
         linear_cross_entropy,
         rows,
         vocabulary,
-        32,
+        width,
         dtype,
         OPTIONS[name],
         seeds=seeds,
