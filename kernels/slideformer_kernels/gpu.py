@@ -32,6 +32,9 @@ LOG2_SEGMENT_NUMEL = 7
 # Blocks of 8-bit moments per program.
 BLOCK_MOMENT_BLOCKS = BLOCK_NUMEL // MOMENT_BLOCK_NUMEL
 
+_TILE = {"BLOCK": BLOCK_NUMEL}
+_TILE_8BIT = {"BLOCKS": BLOCK_MOMENT_BLOCKS, "BLOCK": MOMENT_BLOCK_NUMEL}
+
 _EXP_AVG_NUMERATOR = tl.constexpr(EXP_AVG_LEVELS * 4.0**DITHER_BITS)
 _EXP_AVG_SQ_NUMERATOR = tl.constexpr(EXP_AVG_SQ_LEVELS * 4.0**DITHER_BITS)
 _INV_EXP_AVG_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_LEVELS))
@@ -70,7 +73,8 @@ def adamw_split_(
         ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
     """
     numel = arguments.check_adamw_split(hi, lo, grad, exp_avg, exp_avg_sq)
-    _launch_adamw(hi.view(torch.int16), lo, grad, exp_avg, exp_avg_sq, scalars, grad_scale, numel, True)
+    moments = exp_avg, exp_avg_sq
+    _launch_adamw(_adamw_kernel, _bits(hi), lo, grad, moments, scalars, grad_scale, numel, True, **_TILE)
     arguments.mark_written(hi, lo, exp_avg, exp_avg_sq)
 
 
@@ -98,8 +102,8 @@ def adamw_fp32_(
     """
     numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
     # The second pointer of the split master is not read.
-    param_bits = param.view(torch.int32)
-    _launch_adamw(param_bits, param_bits, grad, exp_avg, exp_avg_sq, scalars, grad_scale, numel, False)
+    bits, moments = _bits(param), (exp_avg, exp_avg_sq)
+    _launch_adamw(_adamw_kernel, bits, bits, grad, moments, scalars, grad_scale, numel, False, **_TILE)
     arguments.mark_written(param, exp_avg, exp_avg_sq)
 
 
@@ -135,7 +139,8 @@ def adamw_split_8bit_(
     """
     codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
     numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
-    _launch_adamw_8bit(hi.view(torch.int16), lo, grad, *codes, scalars, grad_scale, numel, True)
+    bits = _bits(hi)
+    _launch_adamw(_adamw_8bit_kernel, bits, lo, grad, codes, scalars, grad_scale, numel, True, **_TILE_8BIT)
     arguments.mark_written(hi, lo, *codes)
 
 
@@ -168,8 +173,10 @@ def adamw_fp32_8bit_(
     codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
     numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
     # The second pointer of the split master is not read.
-    param_bits = param.view(torch.int32)
-    _launch_adamw_8bit(param_bits, param_bits, grad, *codes, scalars, grad_scale, numel, False)
+    bits = _bits(param)
+    _launch_adamw(
+        _adamw_8bit_kernel, bits, bits, grad, codes, scalars, grad_scale, numel, False, **_TILE_8BIT
+    )
     arguments.mark_written(param, *codes)
 
 
@@ -231,73 +238,35 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
 
 
 def _launch_adamw(
+    kernel: triton.JITFunction,
     master: torch.Tensor,
     lo: torch.Tensor,
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: tuple[torch.Tensor, ...],
     scalars: AdamWScalars,
     grad_scale: float | torch.Tensor,
     numel: int,
     is_split: bool,
+    **tile: int,
 ) -> None:
-    _check_device(exp_avg)
-    grad_scale = _checked_scale(grad_scale, exp_avg)
+    """Run the kernel of either format of moments; ``tile`` are its sizes, BLOCK_NUMEL elements in all."""
+    _check_device(grad)
+    grad_scale = _checked_scale(grad_scale, grad)
     if numel == 0:
         return
-    with torch.cuda.device_of(exp_avg):
-        _adamw_kernel[(triton.cdiv(numel, BLOCK_NUMEL),)](
+    with torch.cuda.device_of(grad):
+        kernel[(triton.cdiv(numel, BLOCK_NUMEL),)](
             master,
             lo,
             _bits(grad),
-            exp_avg.view(torch.int32),
-            exp_avg_sq.view(torch.int32),
+            *(_bits(x) for x in moments),
             grad_scale,
             *_scalar_arguments(scalars),
             numel,
             IS_SPLIT=is_split,
             SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
             INTERPRETED=triton.knobs.runtime.interpret,
-            BLOCK=BLOCK_NUMEL,
-            num_warps=NUM_WARPS,
-            enable_fp_fusion=False,
-        )
-
-
-def _launch_adamw_8bit(
-    master: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor,
-    numel: int,
-    is_split: bool,
-) -> None:
-    _check_device(exp_avg)
-    grad_scale = _checked_scale(grad_scale, exp_avg)
-    if numel == 0:
-        return
-    with torch.cuda.device_of(exp_avg):
-        _adamw_8bit_kernel[(triton.cdiv(numel, BLOCK_NUMEL),)](
-            master,
-            lo,
-            _bits(grad),
-            exp_avg,
-            exp_avg_scale.view(torch.int32),
-            exp_avg_sq,
-            exp_avg_sq_scale.view(torch.int32),
-            grad_scale,
-            *_scalar_arguments(scalars),
-            numel,
-            IS_SPLIT=is_split,
-            SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
-            INTERPRETED=triton.knobs.runtime.interpret,
-            BLOCKS=BLOCK_MOMENT_BLOCKS,
-            BLOCK=MOMENT_BLOCK_NUMEL,
+            **tile,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
@@ -317,8 +286,8 @@ def _scalar_arguments(scalars: AdamWScalars) -> tuple[float, ...]:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    """View values as integers of their width, which is how the kernels tell bf16, fp32 and float64 apart."""
-    return x.view(_BITS_DTYPES[x.dtype])
+    """View floating values as integers of their width, which is how the kernels tell bf16, fp32 and float64 apart."""
+    return x.view(_BITS_DTYPES[x.dtype]) if x.is_floating_point() else x
 
 
 def _check_device(x: torch.Tensor) -> None:
