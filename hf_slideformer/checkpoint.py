@@ -6,10 +6,7 @@ model must get them joined, and a configuration that says so: `from_pretrained` 
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
-import types
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,37 +14,26 @@ from typing import Any
 import torch
 
 from .engine.engine import SlideEngine
-from .engine.executor import raise_not_picklable
+from .engine.replaced import ReplacedMethod
 
 
-class SavePretrained:
+class SavePretrained(ReplacedMethod):
     """Stands in for a streamed model's `save_pretrained`; an explicit `state_dict=` is saved as it is."""
 
     def __init__(self, model: Any, engine: SlideEngine) -> None:
-        self._original: Any = model.save_pretrained
-        functools.update_wrapper(self, self._original)
-        self._model = weakref.ref(model)
+        super().__init__(model, model.save_pretrained)
         self._engine = weakref.ref(engine)
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        model, engine = self._model(), self._engine()
+        engine = self._engine()
         state = None
-        if model is not None and engine is not None and len(args) < 2 and kwargs.get("state_dict") is None:
-            state = engine.state_dict_as_loaded(model)
+        if engine is not None and len(args) < 2 and kwargs.get("state_dict") is None:
+            state = engine.state_dict_as_loaded(self.module)
         if state is None:
-            return self._original(save_directory, *args, **kwargs)
-        result = self._original(save_directory, *args, **{**kwargs, "state_dict": state})
+            return self.original(save_directory, *args, **kwargs)
+        result = self.original(save_directory, *args, **{**kwargs, "state_dict": state})
         set_saved_dtype(Path(save_directory), torch.float32)
         return result
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model()))
-        if isinstance(self._original, types.MethodType) and copied is not None:
-            return types.MethodType(self._original.__func__, copied)
-        return copy.deepcopy(self._original, memo)
-
-    def __reduce__(self):
-        raise_not_picklable()
 
 
 def save_exactly(model: Any, engine: SlideEngine) -> None:

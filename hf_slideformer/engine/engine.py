@@ -40,9 +40,10 @@ from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, upda
 from ..optim.worker import UpdateWorker
 from ..planner.plan import check_budgets
 from .blueprint import Blueprint, find_budgets
-from .executor import Executor, Unit, UnitForward, check_unchanged, raise_not_picklable
+from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, StagingBuffers, settle
 from .loss import defer_logits
+from .replaced import raise_not_picklable
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,9 @@ Everything between units is the model's own code under ordinary autograd, so any
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +29,7 @@ from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
 from .recompute import SavedActivations
+from .replaced import ReplacedMethod
 from .schedule import Tape, after_backward, after_forward
 from .units import Owner, UnitModule, check_no_hooks
 
@@ -482,31 +480,13 @@ def check_unchanged(state: ParamState) -> None:
         )
 
 
-class UnitForward:
-    """Stands in for a layer's `forward`; looks like the original to `inspect.signature`."""
+class UnitForward(ReplacedMethod):
+    """Stands in for a layer's `forward`."""
 
     def __init__(self, executor: Executor, unit: Unit) -> None:
-        functools.update_wrapper(self, unit.original_forward)
+        super().__init__(unit.found.module, unit.original_forward)
         self.executor = executor
         self.unit = unit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.executor.forward(self.unit, args, kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied model is an ordinary one: its layers run their own forward over their own (copied) weights.
-        original = self.unit.original_forward
-        module = memo.get(id(self.unit.found.module))
-        if isinstance(original, types.MethodType) and module is not None:
-            return types.MethodType(original.__func__, module)
-        return copy.deepcopy(original, memo)
-
-    def __reduce__(self):
-        raise_not_picklable()
-
-
-def raise_not_picklable() -> NoReturn:
-    """Refuse to pickle what belongs to a running engine."""
-    raise UnsupportedModelError(
-        "a streamed model cannot be pickled; save it with save_pretrained or save its state_dict()"
-    )

@@ -9,9 +9,6 @@ Whatever else reads them (metrics, generation, another loss) gets the ordinary t
 
 from __future__ import annotations
 
-import copy
-import functools
-import types
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,7 +22,7 @@ from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from ..errors import StateError
-from .executor import raise_not_picklable
+from .replaced import ReplacedMethod
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -93,14 +90,13 @@ def defer_logits(head: nn.Linear, on_loss: Callable[[int], None], on_read: Calla
     head.forward = HeadForward(head, on_loss, on_read)  # type: ignore[method-assign]
 
 
-class HeadForward:
-    """Stands in for the head's `forward`; looks like the original to `inspect.signature`."""
+class HeadForward(ReplacedMethod):
+    """Stands in for the head's `forward`."""
 
     def __init__(
         self, head: nn.Linear, on_loss: Callable[[int], None], on_read: Callable[[str], None]
     ) -> None:
-        self._original = head.forward
-        functools.update_wrapper(self, self._original)
+        super().__init__(head, head.forward)
         self._head = head
         self.on_loss = on_loss
         self.on_read = on_read
@@ -113,21 +109,11 @@ class HeadForward:
             operands = [x.to(torch.get_autocast_dtype(device)) for x in operands]
         kinds = {(x.dtype, x.device) for x in operands}
         if len(kinds) > 1 or operands[0].dtype not in _DTYPES or isinstance(input, DeferredLogits):
-            return self._original(input)  # torch's own error, if it is one
+            return self.original(input)  # torch's own error, if it is one
         watched = tuple((x, _version(x)) for x in (input, *self._head.parameters()))
         source = _Source(operands[1], operands[2] if bias is not None else None, self, watched)
         recipe = _Recipe(nn.functional.linear, tuple(operands), source, operands[0])
         return recipe.wrapped((*input.shape[:-1], weight.shape[0]), operands[0].dtype)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copied model is an ordinary one.
-        module = memo.get(id(self._head))
-        if isinstance(self._original, types.MethodType) and module is not None:
-            return types.MethodType(self._original.__func__, module)
-        return copy.deepcopy(self._original, memo)
-
-    def __reduce__(self):
-        raise_not_picklable()
 
 
 @dataclass(slots=True, eq=False)
