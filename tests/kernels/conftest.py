@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -217,3 +219,26 @@ def no_device_sync() -> Callable[[], contextlib.AbstractContextManager]:
             torch.cuda.set_sync_debug_mode("default")
 
     return refuse
+
+
+@pytest.fixture(scope="module")
+def run_python(kernels_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Run a script in a subprocess and return its output: TRITON_INTERPRET is read when a kernel is defined."""
+    pytest.importorskip("triton")
+    cache = str(tmp_path_factory.mktemp("triton"))
+
+    def run(*arguments: str, **environment: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(kernels_dir), "TRITON_CACHE_DIR": cache, **environment}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        return done.stdout
+
+    return run

@@ -5,9 +5,6 @@ On a GPU it is tested by ``test_cross_entropy_device.py``; what errors are compa
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cross_entropy_truth as truths
@@ -506,29 +503,6 @@ def test_softcap_of_zero_is_none():
 
 
 # --- the Triton kernels without a GPU --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def run_python(kernels_dir, tmp_path_factory):
-    """Run a script in a subprocess: TRITON_INTERPRET is read when a kernel is defined."""
-    pytest.importorskip("triton")
-    cache = str(tmp_path_factory.mktemp("triton"))
-
-    def run(*arguments: str, **environment: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(kernels_dir), "TRITON_CACHE_DIR": cache, **environment}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout
-
-    return run
 
 
 @pytest.fixture(scope="module")

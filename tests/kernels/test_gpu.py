@@ -3,10 +3,7 @@
 Both run in a subprocess: TRITON_INTERPRET is read when a kernel is defined.
 """
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,36 +18,15 @@ TARGETS = ("cuda:90:32", "cuda:80:32", "cuda:120:32", "hip:gfx942:64", "hip:gfx1
 
 
 @pytest.fixture(scope="module")
-def run_python(kernels_dir, tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("triton"))
-
-    def run(*arguments: str, **environment: str) -> str:
-        env = {**os.environ, "PYTHONPATH": str(kernels_dir), "TRITON_CACHE_DIR": cache, **environment}
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-4000:]
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def assembly(run_python, tmp_path_factory):
     """Compile every kernel for every target once: {(kernel, arch): text}."""
     out = tmp_path_factory.mktemp("assembly")
-    run_python(str(HERE / "gpu_compiled.py"), str(out), *TARGETS, TRITON_INTERPRET="0")
+    run_python("-W", "ignore", str(HERE / "gpu_compiled.py"), str(out), *TARGETS, TRITON_INTERPRET="0")
     return {tuple(path.stem.split(".")): path.read_text() for path in out.iterdir()}
 
 
 def test_interpreter_has_the_reference_bits(run_python):
-    output = run_python(str(HERE / "gpu_interpreted.py"), TRITON_INTERPRET="1")
+    output = run_python("-W", "ignore", str(HERE / "gpu_interpreted.py"), TRITON_INTERPRET="1")
     assert output.strip().endswith("all bits equal")
 
 
