@@ -63,18 +63,25 @@ def test_delays_change_no_bit(undisturbed, mode, delays):
     assert_same_bits(run(mode, delays), undisturbed[mode])
 
 
-def _differs(one: Run, two: Run) -> bool:
+def _is_seen(expected: Run, mode: str, delays=None) -> bool:
+    """Whether a run with a wait removed shows it: by other bits, or by torch's own look at versions.
+
+    A slot may be overwritten at the very moment at which autograd saves a view of it; torch then raises.
+    """
     try:
-        assert_same_bits(one, two)
+        assert_same_bits(run(mode, delays), expected)
     except AssertionError:
+        return True
+    except RuntimeError as error:
+        if "saved tensor pack hook is modifying its input in place" not in str(error):
+            raise
         return True
     return False
 
 
 def test_computing_before_the_copy_has_landed_is_seen(undisturbed, monkeypatch):
     monkeypatch.setattr(Handle, "wait_stream", lambda self: None)
-    broken = run("deferred", {"h2d": steady(0.01)})
-    assert _differs(broken, undisturbed["deferred"])
+    assert _is_seen(undisturbed["deferred"], "deferred", {"h2d": steady(0.01)})
 
 
 def test_fetching_before_the_update_is_seen(undisturbed, monkeypatch):
@@ -86,8 +93,7 @@ def test_fetching_before_the_update_is_seen(undisturbed, monkeypatch):
         )
 
     monkeypatch.setattr(pool.Lane, "submit", submit)
-    broken = run("deferred", {"update": steady(0.02)})
-    assert _differs(broken, undisturbed["deferred"])
+    assert _is_seen(undisturbed["deferred"], "deferred", {"update": steady(0.02)})
 
 
 def test_overwriting_a_slot_in_use_is_seen(undisturbed, monkeypatch):
@@ -95,21 +101,18 @@ def test_overwriting_a_slot_in_use_is_seen(undisturbed, monkeypatch):
         return max(self._slots, key=lambda slot: slot.leases)
 
     monkeypatch.setattr(pool.SlotPool, "_victim", victim)
-    broken = run("deferred")
-    assert _differs(broken, undisturbed["deferred"])
+    assert _is_seen(undisturbed["deferred"], "deferred")
 
 
 def test_using_gradients_before_they_have_landed_is_seen(undisturbed, monkeypatch):
     monkeypatch.setattr(Handle, "wait_host", lambda self: None)
-    broken = run("deferred", {"d2h": steady(0.01)})
-    assert _differs(broken, undisturbed["deferred"])
+    assert _is_seen(undisturbed["deferred"], "deferred", {"d2h": steady(0.01)})
 
 
 def test_dropping_the_pending_update_is_seen(undisturbed, monkeypatch):
     """The unit's copy in a slot must be forgotten when its update is enqueued."""
     monkeypatch.setattr(pool.SlotPool, "invalidate", lambda self: None)
-    broken = run("deferred")
-    assert _differs(broken, undisturbed["deferred"])
+    assert _is_seen(undisturbed["deferred"], "deferred")
 
 
 def test_two_engines_in_one_process_do_not_disturb_each_other(undisturbed):
