@@ -27,8 +27,6 @@ _CHOICES = {
 
 # Accepted names whose mechanism has not landed: refused with the way out rather than ignored.
 _NOT_YET = {
-    ("activations", "keep"): "use activations='recompute'",
-    ("activations", "offload"): "use activations='recompute' and a smaller batch",
     ("accumulation", "vertical"): "use accumulation='horizontal'; the result is the same",
 }
 
@@ -70,8 +68,10 @@ class SlideConfig:
         pinned_memory: bytes of RAM that may be pinned, likewise. Above it, buffers stay pageable.
         nvme_dir: directory for state on disk (not available yet).
         nvme_memory: bytes of that directory that may be used.
-        placement: "stream" streams every unit from RAM; "auto" lets the planner decide (today: "stream").
-        activations: what happens to a unit's activations; "auto" means "recompute".
+        placement: "stream" streams every unit from RAM; "auto" lets the planner fill the GPU. Without a GPU, "auto"
+            means "stream" unless `gpu_memory` says how much RAM stands in for it.
+        activations: what happens to the activations of units: "keep" holds them on the GPU, "recompute" holds only
+            each unit's input, "offload" holds that input in RAM; "auto" lets the planner decide unit by unit.
         optimizer_states: "fp32" moments (exact), or "8bit": block-wise, 6 instead of 12 bytes per parameter at rest,
             other numbers.
         update: "deferred" updates after the gradient norm is known (exact always); "overlapped" updates under
@@ -79,6 +79,7 @@ class SlideConfig:
         accumulation: order of micro-batches; "auto" means "horizontal".
         loss: "fused" computes the head and the cross-entropy together and never holds all logits; "model" leaves them
             to the model's code; "auto" means "fused" on a GPU.
+        seq_len: tokens of the longest sequence, which the plan counts on; None finds it from the data.
         cpu_threads: threads of the CPU update; None sizes them to the machine.
         trace_steps: number of first training steps to record for `trainer.slide.metrics`.
 
@@ -97,6 +98,7 @@ class SlideConfig:
     update: str = "auto"
     accumulation: str = "auto"
     loss: str = "auto"
+    seq_len: int | None = None
     cpu_threads: int | None = None
     trace_steps: int = 0
 
@@ -116,12 +118,10 @@ class SlideConfig:
                 raise ConfigError(f"{name}={value!r} is not available yet; {_NOT_YET[name, value]}")
         if self.nvme_dir is not None or self.nvme_memory is not None:
             raise ConfigError("state on NVMe is not available yet; remove nvme_dir and nvme_memory")
-        if self.cpu_threads is not None and (
-            not isinstance(self.cpu_threads, int)
-            or isinstance(self.cpu_threads, bool)
-            or self.cpu_threads < 1
-        ):
-            raise ConfigError(f"cpu_threads must be a positive integer or None, got {self.cpu_threads!r}")
+        for name in ("cpu_threads", "seq_len"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be a positive integer or None, got {value!r}")
         if not isinstance(self.trace_steps, int) or self.trace_steps < 0:
             raise ConfigError(f"trace_steps must be a non-negative integer, got {self.trace_steps!r}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from ..config import SlideConfig, parse_bytes
 from ..errors import ConfigError, UnsupportedModelError
 from ..hardware import available_gpu_bytes, available_ram_bytes
 from ..memory.layout import FP32_MOMENTS, MOMENT_FORMATS, MomentFormat, ParamSpec, UnitLayout, lay_out
-from ..planner.plan import Budgets, Plan, make_plan
+from ..planner.plan import Budgets, Decisions, Plan, make_plan
 from .loss import HeadChoice, find_head
 from .units import UnitModule, check_no_hooks, find_units, param_spec
 
@@ -26,15 +25,15 @@ _SUM_STAGING = 3
 class Blueprint:
     """The decisions about one model.
 
-    `specs` is keyed by `id(parameter)`; `layouts` belong to `units` one to one.
+    `specs` is keyed by `id(parameter)`; `layouts`, of all units as if they streamed, belong to `units` one to one;
+    `outside` are the parameters that no unit owns.
     """
 
     units: list[UnitModule]
     layouts: list[UnitLayout]
     specs: dict[int, ParamSpec]
-    resident: list[ParamSpec]
-    slots: int
-    staging_buffers: int
+    outside: list[ParamSpec]
+    decisions: Decisions
     overlapped: bool
     head: HeadChoice
     accumulates: bool
@@ -51,7 +50,7 @@ class Blueprint:
         accumulates: bool,
         overlap_is_exact: bool,
         on_gpu: bool,
-        resident_units: Collection[int] = (),
+        decisions: Decisions | None = None,
     ) -> Blueprint:
         """Decide for `model`; arguments as for `SlideEngine`.
 
@@ -59,7 +58,7 @@ class Blueprint:
             UnsupportedModelError: nothing to stream, or weights that cannot be.
             ConfigError: settings that contradict each other.
         """
-        units = [unit for index, unit in enumerate(find_units(model)) if index not in resident_units]
+        units = find_units(model)
         specs = {}
         for name, param in model.named_parameters():
             if param.device.type == "meta":
@@ -79,30 +78,47 @@ class Blueprint:
                 "gradient accumulation in fp32 with bf16 weights needs torch >= 2.10, this is "
                 f"{torch.__version__}; upgrade torch, or use gradient_accumulation_steps=1"
             )
-        streamed = {id(param) for unit in units for param in unit.parameters.values()}
+        owned = {id(param) for unit in units for param in unit.parameters.values()}
         if config.update == "overlapped" and accumulates:
             raise ConfigError(
                 "update='overlapped' needs gradient_accumulation_steps=1: a unit's update would start before its "
                 "gradient is complete; use update='deferred'"
             )
         overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
-        if overlapped:  # enough for the worker to stay busy while the next gradients land
-            staging = min(_MAX_OVERLAP_STAGING, max(2, len(units) // 4))
-        else:
-            staging = _SUM_STAGING if accumulates else 0
+        if decisions is None:
+            decisions = stream_all(len(units), overlapped=overlapped, accumulates=accumulates)
         return cls(
             units=units,
             layouts=[lay_out([specs[id(param)] for param in unit.parameters.values()]) for unit in units],
             specs=specs,
-            resident=[spec for key, spec in specs.items() if key not in streamed],
-            slots=min(_SLOTS, max(2, len(units))),
-            staging_buffers=staging,
+            outside=[spec for key, spec in specs.items() if key not in owned],
+            decisions=decisions,
             overlapped=overlapped,
             head=find_head(model, mode=config.loss, on_gpu=on_gpu),
             accumulates=accumulates,
             moments=MOMENT_FORMATS[config.optimizer_states],
             on_gpu=on_gpu,
         )
+
+    @property
+    def streamed(self) -> frozenset[int]:
+        """Indices of the units that stream."""
+        return frozenset(range(len(self.units))) - frozenset(self.decisions.resident)
+
+    @property
+    def streamed_layouts(self) -> list[UnitLayout]:
+        """Their layouts."""
+        return [layout for index, layout in enumerate(self.layouts) if index in self.streamed]
+
+    @property
+    def outside_layout(self) -> UnitLayout:
+        """Of the parameters outside of units whose optimizer state is in RAM."""
+        in_ram = self.decisions.outside_state == "RAM"
+        return lay_out([spec for spec in self.outside if in_ram and spec.trainable])
+
+    def planned_bytes(self, index: int) -> int | None:
+        """Bytes of a unit's input that the plan counts on; None where nothing is known of batches."""
+        return None
 
     def plan(self, *, training: bool) -> Plan:
         """What lives where, with or without optimizer state."""
@@ -118,17 +134,34 @@ class Blueprint:
             )
         notes.append(self.head.note)
         return make_plan(
-            layouts=self.layouts,
-            resident=self.resident,
-            slots=self.slots,
+            layouts=self.streamed_layouts,
+            resident=[
+                *self.outside,
+                *(s.spec for index in self.decisions.resident for s in self.layouts[index].segments),
+            ],
+            slots=self.decisions.slots,
             training=training,
             overlapped=self.overlapped,
             fp32_sums=self.accumulates,
             moments=self.moments,
-            staging_buffers=self.staging_buffers if training else 0,
+            staging_buffers=self.decisions.staging_buffers if training else 0,
             on_gpu=self.on_gpu,
             notes=notes,
         )
+
+
+def stream_all(units: int, *, overlapped: bool, accumulates: bool) -> Decisions:
+    """The decisions that put the least on the GPU without moving activations."""
+    if overlapped:  # enough for the worker to stay busy while the next gradients land
+        staging = min(_MAX_OVERLAP_STAGING, max(2, units // 4))
+    else:
+        staging = _SUM_STAGING if accumulates else 0
+    return Decisions(
+        resident=(),
+        activations=("recompute",) * units,
+        slots=min(_SLOTS, max(2, units)),
+        staging_buffers=staging,
+    )
 
 
 def find_budgets(config: SlideConfig, device: torch.device) -> Budgets:

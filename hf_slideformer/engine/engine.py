@@ -21,16 +21,18 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config import SlideConfig
 from ..errors import StateError, UnsupportedModelError
 from ..hardware import default_update_threads
-from ..memory.layout import Segment
+from ..memory.layout import Segment, lay_out
 from ..memory.manager import UnitMemory
+from ..memory.offload import TensorOffload
 from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
 from ..memory.transfer import Lane
@@ -38,11 +40,12 @@ from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
 from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit, zero_moments
 from ..optim.worker import UpdateWorker
-from ..planner.plan import check_budgets
+from ..planner.plan import Decisions, check_budgets
 from .blueprint import Blueprint, find_budgets
 from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, StagingBuffers, settle
 from .loss import defer_logits
+from .outside import OutsideUpdates
 from .replaced import raise_not_picklable
 
 logger = logging.getLogger(__name__)
@@ -61,8 +64,7 @@ class SlideEngine:
         accumulates: several backwards make a step, so gradients are summed in fp32.
         overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
         for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
-        resident_units: indices of units that stay on `device` with all their state, run by the model's own code
-            under ordinary autograd with their activations kept.
+        decisions: where state lives and what happens to activations; None lets the planner decide.
         delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
             "update", by label.
 
@@ -82,7 +84,7 @@ class SlideEngine:
         accumulates: bool = False,
         overlap_is_exact: bool = False,
         for_training: bool = True,
-        resident_units: Collection[int] = (),
+        decisions: Decisions | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         delays = delays or {}
@@ -114,7 +116,7 @@ class SlideEngine:
             accumulates=accumulates,
             overlap_is_exact=overlap_is_exact,
             on_gpu=device.type == "cuda",
-            resident_units=resident_units,
+            decisions=decisions,
         )
         self.overlapped = blueprint.overlapped
         self.plan = blueprint.plan(training=False)
@@ -129,10 +131,13 @@ class SlideEngine:
         units = self._move(model, blueprint)
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
         self._worker = UpdateWorker(self.metrics, delays.get("update"))
-        slot_bytes = max((layout.weight_bytes for layout in blueprint.layouts), default=0)
-        self.pool = SlotPool(device, slot_bytes, blueprint.slots, self._lanes[0], self.metrics)
+        slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts), default=0)
+        self.pool = SlotPool(device, slot_bytes, blueprint.decisions.slots, self._lanes[0], self.metrics)
         self.gradients: Gradients | None = None
-        self.executor = Executor(device, units, self.pool, self, self.check)
+        self._outside = self._outside_updates()
+        offload = TensorOffload(device, self._lanes[1], self._lanes[0], self.metrics, self._pin)
+        self.executor = Executor(device, units, self.pool, offload, self, self.check)
+        self._streamed = [unit for unit in units if unit.streamed]
         for unit in units:
             unit.found.module.forward = UnitForward(self.executor, unit)
         self._logits_readers: set[str] = set()
@@ -167,8 +172,12 @@ class SlideEngine:
         units = []
         with torch.no_grad():
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
-                memory = UnitMemory(layout, pin=self._pin(layout.weight_bytes + layout.grad_bytes))
-                own = {id(p) for p in unit.parameters.values()}
+                streamed = index in blueprint.streamed
+                layout = layout if streamed else lay_out([])
+                memory = UnitMemory(
+                    layout, pin=streamed and self._pin(layout.weight_bytes + layout.grad_bytes)
+                )
+                own = {id(p) for p in unit.parameters.values()} if streamed else set()
                 by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
                 states, owners = [], []
                 for segment in layout.segments:
@@ -184,10 +193,12 @@ class SlideEngine:
                     self._rehome(state)
                     states.append(state)
                     owners.append(unit.owners[name])
+                policy = blueprint.decisions.activations[index]
                 units.append(
                     Unit(
                         index=index,
                         found=unit,
+                        streamed=streamed,
                         layout=layout,
                         memory=memory,
                         states=states,
@@ -195,10 +206,14 @@ class SlideEngine:
                         host_weights=memory.weights.tensor(torch.uint8, 0, layout.weight_bytes),
                         original_forward=unit.module.forward,
                         shared=[p for p in unit.module.parameters() if p.requires_grad and id(p) not in own],
+                        keeps=policy == "keep",
+                        offloads=policy == "offload",
+                        planned_bytes=blueprint.planned_bytes(index),
                         argument_names=tuple(inspect.signature(unit.module.forward).parameters),
                         version=sum(state.param._version for state in states),
                     )
                 )
+            self._move_outside(model, blueprint, order)
             for _, param in model.named_parameters():
                 if id(param) not in self._state_of:
                     spec = specs[id(param)]
@@ -216,10 +231,44 @@ class SlideEngine:
         self.states.sort(key=lambda state: state.order)
         return units
 
+    def _move_outside(self, model: nn.Module, blueprint: Blueprint, order: dict[int, int]) -> None:
+        """Parameters outside of units whose master is in RAM and whose weights are on the device."""
+        layout = blueprint.outside_layout
+        self._outside_memory = UnitMemory(layout, pin=self._pin(layout.weight_bytes + layout.grad_bytes))
+        segments = {segment.spec.name: segment for segment in layout.segments}
+        for _, param in model.named_parameters():
+            spec = blueprint.specs[id(param)]
+            if (segment := segments.get(spec.name)) is not None:
+                self._rehome(
+                    ParamState(
+                        order[id(param)],
+                        param,
+                        None,
+                        segment,
+                        self._outside_memory.weight(segment),
+                        self._outside_memory.residual(segment),
+                        live=torch.empty(spec.shape, dtype=spec.dtype, device=self.device),
+                    )
+                )
+
+    def _outside_updates(self) -> OutsideUpdates | None:
+        states = [state for state in self.states if state.updated_in_ram]
+        if not states:
+            return None
+        return OutsideUpdates(
+            self.device,
+            self._outside_memory,
+            states,
+            self._lanes[1],
+            self._lanes[0],
+            self._worker,
+            self.metrics,
+        )
+
     def _rehome(self, state: ParamState) -> None:
         """Copy a parameter to its new place and let go of the old one: never two copies of the model."""
         state.write_master(state.param.data)
-        state.param.data = state.weight
+        state.param.data = state.live
         state.version = state.param._version
         if self._accumulates and state.spec.trainable and state.spec.dtype != torch.float32:
             # Autograd sums resident gradients in place, so an fp32 sum needs fp32 from the first micro-batch on.
@@ -253,13 +302,19 @@ class SlideEngine:
             self.synchronize()
             self._forget_moments()
         self._group_of = self._find_groups(optimizer)
-        for unit in self.executor.units:
+        for unit in self._streamed:
             unit.memory.allocate_moments(self._blueprint.moments)
             if not self.overlapped:
-                unit.memory.allocate_gradients(fp32=self._accumulates)
+                unit.memory.allocate_gradients(fp32=self._accumulates, from_device=not self._accumulates)
             for state in unit.states:
                 if state.spec.trainable:
                     state.moments = unit.memory.moments(state.segment)
+        if self._outside is not None:
+            memory = self._outside.memory
+            memory.allocate_moments(self._blueprint.moments)
+            memory.allocate_gradients(fp32=self._accumulates)
+            for state in self._outside.states:
+                state.moments = memory.moments(state.segment)
         for state in self.states:
             if state.unit is None and state.spec.trainable and not state.moments:
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
@@ -293,10 +348,10 @@ class SlideEngine:
         self._group_of = self._find_groups(self._optimizer)
 
     def _make_gradients(self) -> Gradients:
-        largest = max((layout.grad_bytes for layout in self._blueprint.layouts), default=0)
+        largest = max((layout.grad_bytes for layout in self._blueprint.streamed_layouts), default=0)
         # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves,
         # and is made only when the first sum needs it.
-        count = self._blueprint.staging_buffers
+        count = self._blueprint.decisions.staging_buffers
         staging = StagingBuffers(largest, max(1, count), pin=self._pin(count * largest))
         return Gradients(
             device=self.device,
@@ -310,8 +365,12 @@ class SlideEngine:
             overlapped_update=self._overlapped_update,
             take_scale=self._take_scale,
             place=self._place_in_forward,
-            on_finish=self.executor.tape.restart,
+            on_finish=self._backward_done,
         )
+
+    def _backward_done(self) -> None:
+        self.executor.tape.restart()
+        self.executor.offload.settle()
 
     # -- sink of the executor ----------------------------------------------------------------------------------
 
@@ -456,7 +515,6 @@ class SlideEngine:
         """
         self.check()
         assert self.gradients is not None and self._optimizer is not None
-        self._step_residents()
         if self.overlapped:
             for order, used in self._overlapped_hyperparams.items():
                 if used != Hyperparams.of_group(self._optimizer.param_groups[self._group_of[order]]):
@@ -466,8 +524,9 @@ class SlideEngine:
                     )
             self._overlapped_hyperparams.clear()
         else:
-            for unit in sorted(self.executor.units, key=self._place_in_forward):
+            for unit in sorted(self._streamed, key=self._place_in_forward):
                 self._enqueue_update(unit)
+        self._step_residents()
         self._clipped.clear()
         self.gradients.forget_norms()
         self.executor.tape.restart()
@@ -485,26 +544,40 @@ class SlideEngine:
         return order.index(unit.index) if unit.index in order else len(order)
 
     def _step_residents(self) -> None:
+        """Update what autograd fills the gradients of: on the device, or in RAM for weights on the device."""
         threads = self._threads if self.device.type == "cpu" else None
+        in_ram = []
         for state in self.states:
             grad = state.param.grad
             if state.unit is None and grad is not None and state.order in self._group_of:
                 self._check_used_once(state)
-                state.check_outside_write()
-                state.step += 1
-                apply_update(
-                    state.weight,
-                    state.residual,
-                    grad.contiguous(),
-                    state.moments,
-                    self._hyperparams(state).scalars(state.step),
-                    self._scale_of(state),
-                    threads,
-                )
+                if state.updated_in_ram:
+                    in_ram.append(state)
+                else:
+                    state.check_outside_write()
+                    state.step += 1
+                    apply_update(
+                        state.weight,
+                        state.residual,
+                        grad.contiguous(),
+                        state.moments,
+                        self._hyperparams(state).scalars(state.step),
+                        self._scale_of(state),
+                        threads,
+                    )
                 # So that autograd's own check finds a graph that was built on the old weights.
                 torch.autograd.graph.increment_version(state.param)
                 state.version = state.param._version
                 self._used[state.order] = (weakref.ref(grad), grad._version)
+        if in_ram:
+            outside = self._outside
+            assert outside is not None and outside.memory.grads is not None
+            outside.wait_stream()
+            memory, buffer, runs = outside.memory, outside.memory.grads, self._runs(in_ram)
+            outside.step(
+                in_ram,
+                self._guarded(lambda: update_unit(memory, buffer, memory.grads_fp32, runs, self._threads)),
+            )
 
     def _enqueue_update(self, unit: Unit) -> None:
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
@@ -585,10 +658,17 @@ class SlideEngine:
         Raises:
             TransferError: an update failed; the cause is chained.
         """
-        for unit in self.executor.units:
+        for unit in self._streamed:
             if unit.pending_update is not None:
                 unit.pending_update.wait_host()
                 unit.pending_update = None
+        if self._outside is not None:
+            self._outside.wait_host()
+
+    def wait_outside(self) -> None:
+        """Make the current stream wait for updates of parameters outside of units; called before the model runs."""
+        if self._outside is not None:
+            self._outside.wait_stream()
 
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Tell the engine that weights were written in a way it cannot see (through `p.data`).
@@ -602,8 +682,7 @@ class SlideEngine:
         self.synchronize()
         self.pool.invalidate()
         for state in self.states if parameters is None else [self._state_of[id(p)] for p in parameters]:
-            if state.residual is not None:
-                state.residual.zero_()
+            state.follow_live()
 
     def reset(self) -> None:
         """Make the engine usable after an exception between forward and backward, or inside either.
@@ -615,7 +694,8 @@ class SlideEngine:
         """
         if self.gradients is not None:
             self.gradients.abandon()
-        for unit in self.executor.units:
+        self.executor.offload.abandon()
+        for unit in self._streamed:
             if unit.pending_update is not None:
                 settle(unit.pending_update)
                 if self.overlapped and unit.pending_update.failed:
@@ -668,7 +748,7 @@ class SlideEngine:
             return None
         self.synchronize()
         result = model.state_dict()
-        by_pointer = {state.weight.data_ptr(): state for state in self.states}
+        by_pointer = {state.live.data_ptr(): state for state in self.states}
         joined: dict[int, torch.Tensor] = {}
         for name, value in result.items():
             state = by_pointer.get(value.data_ptr())
@@ -718,8 +798,12 @@ class SlideEngine:
 
     @property
     def host_state_bytes(self) -> int:
-        """Bytes of host buffers allocated now."""
-        return sum(buffer.nbytes for unit in self.executor.units for buffer in unit.memory.buffers())
+        """Bytes of host buffers for state and offloaded activations allocated now."""
+        memories = [unit.memory for unit in self._streamed]
+        if self._outside is not None:
+            memories.append(self._outside.memory)
+        held = sum(buffer.nbytes for memory in memories for buffer in memory.buffers())
+        return held + self.executor.offload.host_bytes
 
     def close(self) -> None:
         """Finish pending work and end the threads. The model keeps its (host) weights."""
@@ -774,6 +858,10 @@ def _before_read(engine: SlideEngine, *_: object) -> None:
     engine.synchronize()
 
 
+def _before_forward(engine: SlideEngine, *_: object) -> None:
+    engine.wait_outside()
+
+
 def _before_load(
     engine: SlideEngine, module: nn.Module, state_dict: Mapping, prefix: str, *_: object
 ) -> None:
@@ -785,6 +873,12 @@ def _after_load(engine: SlideEngine, module: nn.Module, *_: object) -> None:
 
 
 def _install_hooks(model: nn.Module, engine: SlideEngine) -> None:
+    if engine._outside is not None:
+        outside = {id(state.param) for state in engine._outside.states}
+        for module in model.modules():
+            owns = any(id(param) in outside for param in module.parameters(recurse=False))
+            if owns or module is model or isinstance(module, PreTrainedModel):
+                module.register_forward_pre_hook(_ModelHook(engine, _before_forward))
     for module in model.modules():
         module.register_state_dict_pre_hook(_ModelHook(engine, _before_read))
         module.register_load_state_dict_pre_hook(_ModelHook(engine, _before_load))

@@ -8,23 +8,30 @@ hands the call to one autograd Function that
 2. in backward, leases the weights again, restores RNG and autocast state, recomputes, differentiates the unit
    alone, and hands the parameters' gradients to the engine.
 
+A unit whose activations are kept skips the recompute; one whose inputs are offloaded has them in RAM meanwhile. A
+resident unit's weights are where they belong, so there is nothing to lease; if its activations are kept as well, it
+runs as if the engine were not there.
+
 Everything between units is the model's own code under ordinary autograd, so any loss works.
 """
 
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..errors import StateError, UnsupportedModelError
 from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
+from ..memory.offload import OffloadedTensor, TensorOffload
 from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
@@ -44,16 +51,27 @@ except (
 # cache a second time, which leaves the loss right and makes the gradients silently wrong.
 _CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
+# Inputs that are on their way back from RAM while a unit runs backward.
+_OFFLOAD_DEPTH = 2
+
 
 @dataclass(slots=True, eq=False)
 class Unit:
-    """One streamed layer: the module, its host memory, and its parameters' states in layout order.
+    """One layer of the model.
 
-    `shared` are trainable parameters that the layer uses but does not own (tied to another layer, so resident).
+    A streamed unit has its parameters' states in layout order and their host memory. A resident one has no states and
+    an empty layout: its parameters are on the device and autograd fills their gradients.
+
+    `shared` are trainable parameters whose gradients are autograd's: those that the layer uses but does not own
+    (tied to another layer, so resident), and all of a resident unit's.
+
+    `keeps` and `offloads` are what the plan says of its activations. They are kept only where the input (hidden
+    states, by convention the first tensor that has a gradient) takes at most `planned_bytes`, as the plan counts on.
     """
 
     index: int
     found: UnitModule
+    streamed: bool
     layout: UnitLayout
     memory: UnitMemory
     states: list[ParamState]
@@ -62,6 +80,9 @@ class Unit:
     original_forward: Callable[..., Any]
     argument_names: tuple[str, ...]
     shared: list[nn.Parameter]
+    keeps: bool = False
+    offloads: bool = False
+    planned_bytes: int | None = None
     pending_update: Handle | None = None
     forwards_since_step: int = 0
     version: int = 0
@@ -84,8 +105,14 @@ class Unit:
 
     @property
     def trainable(self) -> bool:
-        """Whether any parameter of the unit is trained."""
+        """Whether any streamed parameter of the unit is trained."""
         return self.layout.state_numel > 0
+
+    def keeps_for(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether activations are kept in a run on these inputs."""
+        if not self.keeps or self.planned_bytes is None:
+            return self.keeps
+        return next((tensor.nbytes for tensor in tensors if tensor.requires_grad), 0) <= self.planned_bytes
 
 
 class GradientSink(Protocol):
@@ -108,6 +135,7 @@ class Executor:
         device: where units compute.
         units: all units in registration order.
         pool: the slots.
+        offload: moves units' inputs to RAM and back.
         sink: receives gradients.
         check: called at every use; raises if the engine cannot go on.
     """
@@ -117,12 +145,17 @@ class Executor:
         device: torch.device,
         units: list[Unit],
         pool: SlotPool,
+        offload: TensorOffload,
         sink: GradientSink,
         check: Callable[[], None],
     ) -> None:
         self.device = device
         self.units = units
         self.pool = pool
+        self.offload = offload
+        self._streamed = frozenset(unit.index for unit in units if unit.streamed)
+        # Runs whose inputs are in RAM, in forward order; gone when their graph is.
+        self._parked: list[weakref.ref[UnitCall]] = []
         self.sink = sink
         self.check = check
         self.tape = Tape(tuple(unit.index for unit in units))
@@ -131,26 +164,31 @@ class Executor:
 
     def prefetch_first(self) -> None:
         """Start fetching the units that the next forward needs first."""
-        first = self.tape.expected[: self.pool.depth]
+        first = tuple(index for index in self.tape.expected if index in self._streamed)[: self.pool.depth]
         for index in first:
             self.pool.prefetch(self.units[index], keep=first)
 
     def lease(self, unit: Unit, following: tuple[int, ...]) -> Lease:
         """Weights of `unit` on the device, the units `following` on their way."""
         self.check()
-        unit.drop_stale_copy(self.pool)
-        lease = self.pool.acquire(unit)
+        if unit.streamed:
+            unit.drop_stale_copy(self.pool)
+            lease = self.pool.acquire(unit)
+        else:
+            lease = Lease.nothing()
         for index in following:
             self.pool.prefetch(self.units[index], keep=(unit.index, *following))
         return lease
+
+    def _following(self, unit: Unit) -> tuple[int, ...]:
+        return after_forward(self.tape.expected, unit.index, self.pool.depth, self._streamed)
 
     # -- forward ---------------------------------------------------------------------------------------------
 
     def forward(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the unit's original forward returns for these arguments."""
-        following = after_forward(self.tape.expected, unit.index, self.pool.depth)
         if not torch.is_grad_enabled():
-            return self._run_plain(unit, following, args, kwargs)
+            return self._run_plain(unit, args, kwargs)
         names = (*unit.argument_names, *("" for _ in args))
         args = tuple(_without_cache(name, value) for name, value in zip(names, args, strict=False))
         kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
@@ -158,17 +196,21 @@ class Executor:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not unit.trainable and not any(tensor.requires_grad for tensor in (*tensors, *unit.shared)):
             with torch.no_grad():  # nothing to differentiate here, so nothing to recompute later
-                return self._run_plain(unit, following, args, kwargs)
+                return self._run_plain(unit, args, kwargs)
         if not self.tape.recorded or unit.index == self.tape.expected[0]:
             self.sink.begin_forward()
-        call = UnitCall(self, unit, leaves, spec)
-        call.position = self.tape.record(unit.index)
+        position = self.tape.record(unit.index)
         unit.forwards_since_step += 1
-        outputs = _StreamedUnit.apply(call, self.anchor, *tensors, *unit.shared)
+        keeps = unit.keeps_for(tensors)
+        if keeps and not unit.streamed:
+            self.lease(unit, self._following(unit))
+            return unit.original_forward(*args, **kwargs)
+        call = UnitCall(self, unit, leaves, spec, position, keeps)
+        outputs = _UnitFunction.apply(call, self.anchor, *tensors, *unit.shared)
         return call.rebuild(outputs)
 
-    def _run_plain(self, unit: Unit, following: tuple[int, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        lease = self.lease(unit, following)
+    def _run_plain(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> Any:
+        lease = self.lease(unit, self._following(unit))
         try:
             with bound(unit, lease), Ambient.current(self.device).autocast():
                 return unit.original_forward(*args, **kwargs)
@@ -183,10 +225,11 @@ class Executor:
         buffers = {buffer: buffer._version for buffer in unit.found.module.buffers()}
         call.ambient = Ambient.current(self.device)
         before = _captured_lengths()
-        lease = self.lease(unit, after_forward(self.tape.expected, unit.index, self.pool.depth))
+        lease = self.lease(unit, self._following(unit))
+        saving = call.saved.keeping(lease.buffer) if call.keeps else call.saved.recording()
         try:
             call.leaves = lease.leaves
-            with bound(unit, lease), call.ambient.autocast(), torch.enable_grad(), call.saved.recording():
+            with bound(unit, lease), call.ambient.autocast(), torch.enable_grad(), saving:
                 args, kwargs = call.arguments()
                 output = unit.original_forward(*args, **kwargs)
         finally:
@@ -204,7 +247,31 @@ class Executor:
                 if isinstance(module, nn.modules.batchnorm._NormBase)
                 for buffer in module.buffers()
             ]
-        return call.keep_outputs(output, before)
+        outputs = call.keep_outputs(output, before)
+        if unit.offloads and not call.keeps:
+            self._park(call)
+        return outputs
+
+    def _park(self, call: UnitCall) -> None:
+        """Move the inputs that the unit will be recomputed from to RAM."""
+        for position, leaf in enumerate(call.inputs):
+            if leaf.requires_grad and leaf.is_contiguous() and leaf.numel() > 0:
+                call.parked[position] = self.offload.store(call.unit.name, leaf)
+                leaf.data = leaf.new_empty(0)
+        if call.parked:
+            self._parked = [ref for ref in self._parked if ref() is not None]
+            self._parked.append(weakref.ref(call))
+
+    def _unpark(self, call: UnitCall) -> None:
+        """Bring the inputs of `call` back, and start on those that backward needs next."""
+        for position, parked in call.parked.items():
+            call.inputs[position].data = self.offload.take(parked)
+        call.parked = {}
+        self._parked = [ref for ref in self._parked if (other := ref()) is not None and other.parked]
+        for ref in self._parked[-_OFFLOAD_DEPTH:][::-1]:
+            other = ref()
+            for parked in other.parked.values() if other is not None else ():
+                self.offload.fetch(parked)
 
     # -- backward --------------------------------------------------------------------------------------------
 
@@ -225,20 +292,25 @@ class Executor:
         if with_params:
             self.sink.begin_unit(unit)
         call.saved.check_unspent()  # before its inputs, which are gone after one backward, are looked for
-        lease = self.lease(unit, after_backward(self.tape.recorded, call.position, self.pool.depth))
+        following = after_backward(self.tape.recorded, call.position, self.pool.depth, self._streamed)
+        lease = self.lease(unit, following)
         try:
-            args, kwargs = call.arguments()
-            with (
-                bound(unit, lease),
-                call.ambient.restored(),
-                _kept(call.changed_buffers),
-                torch.enable_grad(),
-            ):
-                call.saved.recompute(lambda: unit.original_forward(*args, **kwargs))
+            if call.keeps:
+                call.saved.restore(lease.buffer)
+            else:
+                self._unpark(call)
+                args, kwargs = call.arguments()
+                with (
+                    bound(unit, lease),
+                    call.ambient.restored(),
+                    _kept(call.changed_buffers),
+                    torch.enable_grad(),
+                ):
+                    call.saved.recompute(lambda: unit.original_forward(*args, **kwargs))
             pairs = [
-                (output, grad)
-                for output, grad in zip(call.graph_outputs, grads, strict=True)
-                if grad is not None and output.requires_grad
+                (edge, grad)
+                for edge, grad in zip(call.edges, grads, strict=True)
+                if grad is not None and edge is not None
             ]
             given_back = [*call.inputs, *unit.shared]
             wanted_inputs = [tensor for tensor in given_back if tensor.requires_grad]
@@ -246,7 +318,7 @@ class Executor:
             results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
             if pairs:
                 results = torch.autograd.grad(
-                    [output for output, _ in pairs],
+                    [edge for edge, _ in pairs],
                     [*wanted_inputs, *wanted_leaves],
                     [grad for _, grad in pairs],
                     allow_unused=True,
@@ -262,7 +334,7 @@ class Executor:
         return input_grads
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class UnitCall:
     """One call of a unit under autograd: what its backward needs."""
 
@@ -270,10 +342,14 @@ class UnitCall:
     unit: Unit
     flat: list[Any]
     spec: pytree.TreeSpec
-    position: int = -1
+    position: int
+    keeps: bool
+    parked: dict[int, OffloadedTensor] = field(default_factory=dict)
     inputs: list[torch.Tensor] = field(default_factory=list)
     leaves: list[torch.nn.Parameter] = field(default_factory=list)
-    graph_outputs: list[torch.Tensor] = field(default_factory=list)
+    # Where the unit's own graph ends, None for outputs without a gradient. Not the outputs themselves: one of them is
+    # the next unit's input, which may be in RAM meanwhile.
+    edges: list[GradientEdge | None] = field(default_factory=list)
     output_flat: list[Any] = field(default_factory=list)
     output_spec: pytree.TreeSpec | None = None
     captured: list[tuple[list, int]] = field(default_factory=list)
@@ -309,7 +385,7 @@ class UnitCall:
                 if isinstance(values[position], torch.Tensor) and values[position].requires_grad:
                     self.captured.append((values, position))
                     tensors.append(values[position])
-        self.graph_outputs = tensors
+        self.edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
         self.output_flat = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.output_flat]
         # `.data` rather than detach(): a view of the inner graph's tensor could not be changed in place outside.
         return tuple(tensor.data for tensor in tensors)
@@ -326,10 +402,10 @@ class UnitCall:
 
     def free(self) -> None:
         """Let go of inputs and graph once backward is through."""
-        self.inputs, self.graph_outputs, self.leaves = [], [], []
+        self.inputs, self.edges, self.leaves, self.parked = [], [], [], {}
 
 
-class _StreamedUnit(torch.autograd.Function):
+class _UnitFunction(torch.autograd.Function):
     """The seam between the model's graph and a unit's own."""
 
     @staticmethod
@@ -338,10 +414,10 @@ class _StreamedUnit(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs = call.executor.run_forward(call, tensors)
         ctx.mark_non_differentiable(
-            *(out for out, inner in zip(outputs, call.graph_outputs, strict=True) if not inner.requires_grad)
+            *(out for out, edge in zip(outputs, call.edges, strict=True) if edge is None)
         )
         # Saved for autograd's check that nobody changed the unit's inputs in place before its backward.
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*(t for position, t in enumerate(tensors) if position not in call.parked))
         return outputs
 
     @staticmethod
@@ -473,7 +549,7 @@ def check_unchanged(state: ParamState) -> None:
             f"requires_grad of {state.name} changed to {state.param.requires_grad} after the model was prepared; "
             "freeze or unfreeze parameters before, and make a new trainer for another choice"
         )
-    if state.param.data_ptr() != state.weight.data_ptr():
+    if state.param.data_ptr() != state.live.data_ptr():
         raise StateError(
             f"the memory of {state.name} was replaced (model.to(...) or `p.data = ...`) after the model was "
             "prepared; copy into it instead: `with torch.no_grad(): p.copy_(values)`"

@@ -265,7 +265,7 @@ class Gradients:
         scales = [
             self._take_scale(state) for state, _ in pending
         ]  # known by the gradient that is replaced here
-        unit.memory.allocate_gradients(fp32=True)
+        unit.memory.allocate_gradients(fp32=True, from_device=False)
         for (state, grad), scale in zip(pending, scales, strict=True):
             target = unit.memory.gradient(state.segment)
             target.copy_(grad).mul_(scale)

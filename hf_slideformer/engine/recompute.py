@@ -7,12 +7,14 @@ backward on the collected tensors. Since forward runs with autograd on both time
 algorithm by grad mode choose the same one.
 
 A weight that autograd saves is collected anew like any other tensor, so a graph never reads a slot that has
-been given to another unit meanwhile (an ordinary saved view of a slot would, silently).
+been given to another unit meanwhile (an ordinary saved view of a slot would, silently). Where activations are kept
+instead, a weight is noted by its place in the slot, and found again at that place in the slot of the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -23,8 +25,27 @@ class _AllCollected(Exception):
     """Ends a recompute once every saved tensor is there."""
 
 
+@dataclass(frozen=True, slots=True)
+class _WeightPlace:
+    """A view of a slot, without the slot."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: torch.Tensor) -> _WeightPlace:
+        """Where `view` lies."""
+        return cls(view.dtype, view.size(), view.stride(), int(view.storage_offset()))
+
+    def within(self, weights: torch.Tensor) -> torch.Tensor:
+        """The view at this place of another slot, given its (bytes,) uint8 buffer."""
+        return weights.view(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
 class SavedActivations:
-    """Stand-ins for the tensors that one forward run of a unit saved.
+    """The tensors that one forward run of a unit saved, or stand-ins for them.
 
     Args:
         name: the unit, for messages.
@@ -33,12 +54,49 @@ class SavedActivations:
     def __init__(self, name: str) -> None:
         self._name = name
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._kept: list[tuple[torch.Tensor, int] | _WeightPlace] = []
         self._values: list[torch.Tensor] | None = None
         self._spent = False
 
     def recording(self):
         """Context: tensors that autograd would save inside are noted and dropped."""
         return torch.autograd.graph.saved_tensors_hooks(self._note, self._give)
+
+    def keeping(self, weights: torch.Tensor | None):
+        """Context: tensors that autograd would save inside are kept, views of `weights` by their place only."""
+        storage = None if weights is None else weights.untyped_storage().data_ptr()
+
+        def keep(tensor: torch.Tensor) -> int:
+            if tensor.untyped_storage().data_ptr() == storage:
+                self._kept.append(_WeightPlace.of(tensor))
+            else:  # detached: a node that keeps its own output would never be freed
+                self._kept.append((tensor.detach(), tensor._version))
+            return len(self._kept) - 1
+
+        return torch.autograd.graph.saved_tensors_hooks(keep, self._give)
+
+    def restore(self, weights: torch.Tensor | None) -> None:
+        """Make kept tensors available to backward, those of weights from the slot that holds them now.
+
+        Raises:
+            StateError: a kept tensor was changed in place, or this graph was already used.
+        """
+        self.check_unspent()
+        self._spent = True
+        self._values = []
+        for entry in self._kept:
+            if isinstance(entry, _WeightPlace):
+                assert weights is not None, "weights were in a slot when they were saved"
+                self._values.append(entry.within(weights))
+                continue
+            tensor, version = entry
+            if tensor._version != version:
+                raise StateError(
+                    f"an activation of {self._name} was changed in place after autograd had saved it "
+                    f"(shape {tuple(tensor.shape)}); set SlideConfig(activations='recompute') or use plain Trainer"
+                )
+            self._values.append(tensor)
+        self._kept = []
 
     def check_unspent(self) -> None:
         """Raise `StateError` if backward has been here."""
@@ -83,8 +141,9 @@ class SavedActivations:
         self._values = values
 
     def clear(self) -> None:
-        """Drop the collected tensors."""
+        """Drop the tensors."""
         self._values = None
+        self._kept = []
 
     def _note(self, tensor: torch.Tensor) -> int:
         self._kinds.append((tensor.shape, tensor.dtype))

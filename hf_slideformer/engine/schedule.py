@@ -7,7 +7,7 @@ wrong guess costs a wait, never a wrong number.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 
@@ -33,16 +33,29 @@ class Tape:
             self.recorded = []
 
 
-def after_forward(expected: Sequence[int], unit: int, depth: int) -> tuple[int, ...]:
-    """Up to `depth` units expected after `unit` in forward; none after the last (backward starts there)."""
+def after_forward(
+    expected: Sequence[int], unit: int, depth: int, streamed: Container[int]
+) -> tuple[int, ...]:
+    """Up to `depth` streamed units expected after `unit` in forward; backward starts after the last."""
     try:
         position = expected.index(unit)
     except ValueError:
         return ()
-    return tuple(dict.fromkeys(expected[position + 1 : position + 1 + depth]))
+    return _first_streamed(expected[position + 1 :], depth, streamed)
 
 
-def after_backward(recorded: Sequence[int], position: int, depth: int) -> tuple[int, ...]:
-    """Up to `depth` units that backward needs after the one at `position` of the recorded forward."""
-    start = max(0, position - depth)
-    return tuple(dict.fromkeys(reversed(recorded[start:position])))
+def after_backward(
+    recorded: Sequence[int], position: int, depth: int, streamed: Container[int]
+) -> tuple[int, ...]:
+    """Up to `depth` streamed units that backward needs after the one at `position` of the recorded forward."""
+    return _first_streamed(recorded[:position][::-1], depth, streamed)
+
+
+def _first_streamed(order: Sequence[int], depth: int, streamed: Container[int]) -> tuple[int, ...]:
+    found: dict[int, None] = {}
+    for unit in order:
+        if len(found) >= depth:
+            break
+        if unit in streamed:
+            found[unit] = None
+    return tuple(found)

@@ -36,12 +36,15 @@ class UnitMemory:
                 for part in moments.parts
             }
 
-    def allocate_gradients(self, *, fp32: bool) -> None:
-        """Map the unit's own gradient buffer (once per kind): in the weights' dtypes, or fp32 for sums."""
+    def allocate_gradients(self, *, fp32: bool, from_device: bool = True) -> None:
+        """Map the gradient buffer (once per kind): in the weights' dtypes, or in fp32.
+
+        `from_device` says that the device writes it, so that it is pinned where weights are; sums made by the CPU from
+        a staging buffer need no pinning.
+        """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
-            # fp32 sums are made by the CPU from a pinned staging buffer, so they need no pinning themselves.
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
-            self.grads = HostBuffer(nbytes, pin=self._pin and not fp32)
+            self.grads = HostBuffer(nbytes, pin=self._pin and from_device)
             self.grads_fp32 = fp32
 
     def weight(self, segment: Segment) -> torch.Tensor:

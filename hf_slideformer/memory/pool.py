@@ -69,12 +69,23 @@ class Lease:
     """
 
     leaves: list[torch.nn.Parameter]
-    _pool: SlotPool
-    _slot: _Slot
+    _pool: SlotPool | None
+    _slot: _Slot | None
+
+    @classmethod
+    def nothing(cls) -> Lease:
+        """The lease of a unit that needs no slot."""
+        return cls([], None, None)
+
+    @property
+    def buffer(self) -> torch.Tensor | None:
+        """(bytes,) uint8: the slot, if there is one."""
+        return None if self._slot is None else self._slot.buffer
 
     def release(self) -> None:
         """End the lease; the slot may be overwritten once what the current stream was given is done."""
-        self._pool._release(self._slot)
+        if self._pool is not None and self._slot is not None:
+            self._pool._release(self._slot)
 
 
 class SlotPool:
@@ -84,7 +95,7 @@ class SlotPool:
         device: where the slots live. On the CPU the pool copies too, and fills a slot with NaN bytes when it is
             given to another unit, so that a read outside a lease cannot go unnoticed.
         slot_bytes: size of one slot, that of the largest unit.
-        num_slots: at least 2 (one in use, one arriving).
+        num_slots: at least 2 (one in use, one arriving), or 0 where nothing streams.
         lane: the host-to-device lane.
         metrics: receives `h2d_bytes` and `wait_weights_s`.
     """
@@ -109,7 +120,7 @@ class SlotPool:
     @property
     def depth(self) -> int:
         """How many units can be on their way while one is in use."""
-        return len(self._slots) - 1
+        return max(0, len(self._slots) - 1)
 
     def prefetch(self, unit: WeightSource, keep: Collection[int]) -> None:
         """Start fetching `unit` if a slot is free that does not hold one of the units `keep`."""

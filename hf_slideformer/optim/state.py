@@ -45,11 +45,12 @@ _KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
 class ParamState:
     """One parameter and everything the optimizer keeps for it.
 
-    `weight` is the tensor behind `param.data` (bf16 `hi` half of the master where `spec.split`, else the plain
-    weights); `residual` the int16 `lo` half; `moments` by name what the format (`MomentFormat`) consists of, nothing
-    until there is an optimizer. All have the parameter's shape (scales of 8-bit moments: one entry for each block),
-    on the device where the parameter is updated. `order` is the registration order in the model;
-    `unit` is None, and `segment` without offsets, for a resident parameter. `version` is
+    `weight` is what updates write (bf16 `hi` half of the master where `spec.split`, else the plain weights);
+    `residual` the int16 `lo` half; `moments` by name what the format (`MomentFormat`) consists of, nothing until there
+    is an optimizer. All have the parameter's shape (scales of 8-bit moments: one entry for each block), on the device
+    where the parameter is updated. `live` is the tensor behind `param.data`: `weight` itself, or its copy on the GPU
+    where the parameter is used there and updated in RAM. `order` is the registration order in the model; `unit` is
+    None for a parameter that does not stream, whose `segment` has offsets only if it is updated in RAM. `version` is
     `param._version` when the residual was last known to belong to the weights.
     """
 
@@ -62,6 +63,16 @@ class ParamState:
     moments: dict[str, torch.Tensor] = field(default_factory=dict)
     step: int = 0
     version: int = 0
+    live: torch.Tensor = None  # type: ignore[assignment] # set below
+
+    def __post_init__(self) -> None:
+        if self.live is None:
+            self.live = self.weight
+
+    @property
+    def updated_in_ram(self) -> bool:
+        """Whether the parameter is used on the GPU and its master and moments are in RAM."""
+        return self.live is not self.weight
 
     @property
     def spec(self) -> ParamSpec:
@@ -79,9 +90,15 @@ class ParamState:
         `load_state_dict`, `p.copy_()` and the like raise the parameter's version; our kernels do not.
         """
         if self.param._version != self.version:
-            if self.residual is not None:
-                self.residual.zero_()
+            self.follow_live()
             self.version = self.param._version
+
+    def follow_live(self) -> None:
+        """Make the master what the live weights are: written from outside, they know nothing of a residual."""
+        if self.updated_in_ram:
+            self.weight.copy_(self.live)
+        if self.residual is not None:
+            self.residual.zero_()
 
     def write_master(self, values: torch.Tensor) -> None:
         """Set the weights from fp32 or bf16 `values` of the parameter's shape, exactly where they are fp32."""
@@ -94,13 +111,15 @@ class ParamState:
                 self.weight.copy_(values)
                 if self.residual is not None:
                     self.residual.zero_()
+            if self.updated_in_ram:
+                self.live.copy_(self.weight)
         self.version = self.param._version
 
     def read_master(self) -> torch.Tensor:
         """The weights in the dtype they came in: the tensor itself, or a new one joined from both halves."""
         self.check_outside_write()
         if self.residual is None or self.spec.source_dtype != torch.float32:
-            return self.weight
+            return self.live
         return join_master(self.weight, self.residual).view(self.spec.shape)
 
     def check_saved_moments(self, saved: Mapping[str, Any]) -> None:

@@ -12,6 +12,25 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
+class Decisions:
+    """What a plan decides; the engine does what this says.
+
+    Attributes:
+        resident: indices of the units whose weights and optimizer state stay on the GPU.
+        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM meanwhile).
+        slots: GPU buffers that the other units take turns in.
+        staging_buffers: host buffers that gradients pass through.
+        outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
+    """
+
+    resident: tuple[int, ...]
+    activations: tuple[str, ...]
+    slots: int
+    staging_buffers: int
+    outside_state: str = "GPU"
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     """One line of the plan: a kind of state, its tier ("GPU" or "RAM"), its size, and whether it is pinned."""
 

@@ -78,7 +78,7 @@ def train(args: argparse.Namespace, *, resident: bool) -> dict:
     from throughput import build_config, build_model
     from transformers import set_seed
 
-    from tests.engine.loop import bits, prepare, tensors_of, train
+    from tests.engine.loop import bits, decide, prepare, tensors_of, train
 
     set_seed(0)
     on_gpu = torch.cuda.is_available()
@@ -87,11 +87,12 @@ def train(args: argparse.Namespace, *, resident: bool) -> dict:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
+    every = range(args.layers)
     run = prepare(
         model,
         device="cuda" if on_gpu else "cpu",
         accumulates=args.accumulation > 1,
-        resident_units=range(args.layers) if resident else (),
+        decisions=decide(resident=every, keep=every, units=args.layers) if resident else None,
         lr=1e-4,
     )
     train(

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.optim.state import ParamState
+from hf_slideformer.planner.plan import Decisions
 
 
 @dataclass
@@ -48,7 +49,7 @@ def prepare(
     config: SlideConfig | None = None,
     accumulates: bool = False,
     overlap_is_exact: bool = False,
-    resident_units: Collection[int] = (),
+    decisions: Decisions | None = None,
     delays: Mapping[str, Callable[[str], float]] | None = None,
     lr: float = 1e-3,
 ) -> Run:
@@ -60,7 +61,7 @@ def prepare(
         config=config or SlideConfig(),
         accumulates=accumulates,
         overlap_is_exact=overlap_is_exact,
-        resident_units=resident_units,
+        decisions=decisions,
         delays=delays,
     )
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
@@ -70,6 +71,29 @@ def prepare(
     )
     engine.attach_optimizer(optimizer)
     return Run(engine, model, optimizer)
+
+
+def decide(
+    *,
+    resident: Collection[int] = (),
+    keep: Collection[int] = (),
+    offload: Collection[int] = (),
+    units: int = 6,
+    slots: int = 3,
+    staging_buffers: int = 3,
+    outside_state: str = "GPU",
+) -> Decisions:
+    """Decisions by hand: which units are resident, and which keep or offload their activations."""
+    return Decisions(
+        resident=tuple(resident),
+        activations=tuple(
+            "keep" if index in keep else "offload" if index in offload else "recompute"
+            for index in range(units)
+        ),
+        slots=slots if len(resident) < units else 0,
+        staging_buffers=staging_buffers,
+        outside_state=outside_state,
+    )
 
 
 def batches(

@@ -27,7 +27,17 @@ from hf_slideformer.memory.layout import (
 from hf_slideformer.memory.manager import UnitMemory
 from hf_slideformer.optim.state import Hyperparams, ParamState, plan_runs
 
-from .loop import Run, assert_same_bits, assert_same_state, batches, prepare, tensors_of, tiny_llama, train
+from .loop import (
+    Run,
+    assert_same_bits,
+    assert_same_state,
+    batches,
+    decide,
+    prepare,
+    tensors_of,
+    tiny_llama,
+    train,
+)
 
 LR, DECAY = 1e-3, 0.1  # those of `prepare`
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -164,7 +174,9 @@ def test_bits_of_a_plain_loop(prepare_poisoned, dtype, mode, shape):
     settings = {"bf16": bf16, "config": config()} | MODES[mode]
     for resident in ((), (1,), range(4)):
         run = prepare_poisoned(
-            tiny_llama(DTYPES[dtype], **SHAPES[shape]), resident_units=resident, **settings
+            tiny_llama(DTYPES[dtype], **SHAPES[shape]),
+            decisions=decide(resident=resident, keep=resident, units=4),
+            **settings,
         )
         train(run, 5, **how)
         assert (run.losses, run.norms) == (losses, norms), resident
@@ -243,7 +255,7 @@ def test_streamed_equals_resident_on_gpu(micro_batches, deterministic):
                 device="cuda",
                 config=config(),
                 accumulates=micro_batches > 1,
-                resident_units=units,
+                decisions=decide(resident=units, keep=units),
                 lr=1e-4,
             ),
             10,

@@ -1,0 +1,165 @@
+"""Offload: device tensors whose data is in pinned RAM between forward and backward."""
+
+from __future__ import annotations
+
+import collections
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+
+from ..errors import StateError
+from ..metrics import Metrics
+from .pinned import HostBuffer
+from .transfer import Handle, Lane, compute_event
+
+# Tensors on their way to RAM before the compute stream waits for the oldest.
+_MAX_IN_FLIGHT = 2
+
+
+class OffloadedTensor:
+    """One tensor's data in RAM; made by `TensorOffload.store`, used up by `TensorOffload.take`."""
+
+    __slots__ = ("__weakref__", "buffer", "dtype", "name", "release", "shape", "stored")
+
+    def __init__(self, name: str, tensor: torch.Tensor, buffer: HostBuffer) -> None:
+        self.name = name
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+        self.buffer = buffer
+        self.stored: Handle
+        self.release: weakref.finalize
+
+    def host(self) -> torch.Tensor:
+        """The data in RAM, in the tensor's shape."""
+        return self.buffer.tensor(self.dtype, 0, self.shape.numel()).view(self.shape)
+
+
+class TensorOffload:
+    """Moves tensors to RAM and back, both beside the compute stream.
+
+    Hazards: a tensor's memory must not be reused before the copy from it is done, so references are held until the
+    compute stream has been told to wait for it; memory for the way back is ordered by an event of the stream that
+    allocated it; a host buffer is not written again before the copy from it is done.
+
+    Args:
+        device: where the tensors live.
+        to_host: device-to-host lane.
+        to_device: host-to-device lane.
+        metrics: receives `d2h_bytes` and `h2d_bytes`.
+        pin: asked for a number of bytes, whether a new buffer of that size may be pinned.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        to_host: Lane,
+        to_device: Lane,
+        metrics: Metrics,
+        pin: Callable[[int], bool],
+    ) -> None:
+        self._device = device
+        self._to_host, self._to_device = to_host, to_device
+        self._metrics = metrics
+        self._pin = pin
+        self._lock = threading.Lock()  # forward runs on the user's thread, backward on autograd's
+        # Free buffers, with the handle of the copy that read them last.
+        self._free: list[tuple[HostBuffer, Handle]] = []
+        self._leaving: collections.deque[tuple[Handle, torch.Tensor, int, str]] = collections.deque()
+        self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle]] = {}
+        self.host_bytes = 0
+
+    def store(self, name: str, tensor: torch.Tensor) -> OffloadedTensor:
+        """Start moving `tensor` (contiguous) to RAM; its memory is free again once all references are gone."""
+        source = tensor.detach()
+        buffer, read = self._take_buffer(source.nbytes)
+        parked = OffloadedTensor(name, source, buffer)
+        host = parked.host()
+        stored = parked.stored = self._to_host.submit(
+            f"activations of {name}",
+            lambda: host.copy_(source, non_blocking=True),
+            after=(read,),
+            after_events=(compute_event(self._device),),
+        )
+        # A forward that is never followed by its backward must give its buffers back too.
+        parked.release = weakref.finalize(parked, self._give_back, buffer, stored)
+        self._metrics.add("d2h_bytes", source.nbytes)
+        self._leaving.append((stored, source, source._version, name))
+        while len(self._leaving) > _MAX_IN_FLIGHT:
+            self._land()
+        return parked
+
+    def fetch(self, parked: OffloadedTensor) -> None:
+        """Start bringing a tensor back (once)."""
+        key = weakref.ref(parked)
+        if key in self._coming:
+            return
+        for other, (_, handle) in list(self._coming.items()):
+            if other() is None and handle.is_complete:  # of a backward that never came to it
+                del self._coming[other]
+        target = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
+        host = parked.host()
+        handle = self._to_device.submit(
+            f"activations of {parked.name}",
+            lambda: target.copy_(host, non_blocking=True),
+            after=(parked.stored,),
+            after_events=(compute_event(self._device),),  # what used the target's memory before
+        )
+        self._coming[key] = (target, handle)
+        self._metrics.add("h2d_bytes", target.nbytes)
+
+    def take(self, parked: OffloadedTensor) -> torch.Tensor:
+        """The tensor on the device again; the current stream waits for it, and its place in RAM is free."""
+        self.fetch(parked)
+        target, handle = self._coming.pop(weakref.ref(parked))
+        handle.wait_stream()
+        if parked.release.detach() is not None:
+            self._give_back(parked.buffer, handle)
+        return target
+
+    def settle(self) -> None:
+        """Let the compute stream wait for what is still on its way to RAM, and let go of it."""
+        while self._leaving:
+            self._land()
+
+    def abandon(self) -> None:
+        """Forget what is on its way, once nothing reads or writes it."""
+        for handle in [
+            *(entry[0] for entry in self._leaving),
+            *(handle for _, handle in self._coming.values()),
+        ]:
+            if not handle.failed:
+                handle.wait_host()
+        self._leaving.clear()
+        self._coming.clear()
+
+    def _land(self) -> None:
+        handle, source, version, name = self._leaving.popleft()
+        handle.wait_stream()
+        if source._version != version:
+            raise StateError(
+                f"the input of {name} was changed in place while it was moved to RAM; set "
+                "SlideConfig(activations='recompute'), or use plain Trainer for this model"
+            )
+
+    def _take_buffer(self, nbytes: int) -> tuple[HostBuffer, Handle]:
+        with self._lock:
+            fitting = [entry for entry in self._free if entry[0].nbytes >= nbytes]
+            if fitting:
+                entry = min(fitting, key=lambda one: one[0].nbytes)
+                self._free.remove(entry)
+                return entry
+            outgrown = min(self._free, key=lambda one: one[0].nbytes, default=None)
+            if outgrown is not None:  # batches got longer: replace one rather than pile up
+                self._free.remove(outgrown)
+                self.host_bytes -= outgrown[0].nbytes
+        if outgrown is not None:
+            outgrown[1].wait_host()
+        buffer = HostBuffer(nbytes, pin=self._pin(nbytes))
+        with self._lock:
+            self.host_bytes += buffer.nbytes
+        return buffer, Handle.done()
+
+    def _give_back(self, buffer: HostBuffer, read: Handle) -> None:
+        with self._lock:
+            self._free.append((buffer, read))
