@@ -19,6 +19,7 @@ _EXPORTS = {
     "SlideFormerError": "errors",
     "ConfigError": "errors",
     "PlanError": "errors",
+    "ProbeError": "errors",
     "UnsupportedModelError": "errors",
     "TransferError": "errors",
     "StateError": "errors",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import PlanError as PlanError
+    from .errors import ProbeError as ProbeError
     from .errors import SlideFormerError as SlideFormerError
     from .errors import StateError as StateError
     from .errors import TransferError as TransferError

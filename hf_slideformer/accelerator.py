@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 
 from .checkpoint import save_exactly
 from .config import SlideConfig
+from .engine.batch_shape import BatchShape, find_batch_shape
 from .engine.engine import SlideEngine, engine_of
 from .errors import UnsupportedModelError
 from .optim import SlideAdamW
@@ -26,24 +27,34 @@ class SlideAccelerator(Accelerator):
     """
 
     _slide_config: SlideConfig | None = None
-    _slide_accumulates = False
+    _slide_micro_batches = 1
+    _slide_shape: BatchShape | None = None
     _slide_overlap_is_exact = False
     _slide_bf16: bool | None = None
 
-    def configure_slide(self, config: SlideConfig, *, accumulates: bool, overlap_is_exact: bool) -> None:
+    def configure_slide(
+        self,
+        config: SlideConfig,
+        *,
+        micro_batches: int,
+        overlap_is_exact: bool,
+        shape: BatchShape | None = None,
+    ) -> None:
         """Set how the next model is streamed.
 
         Args:
             config: the user's settings.
-            accumulates: several backwards make a step.
+            micro_batches: backwards that make a step.
             overlap_is_exact: no clipping and one backward a step.
+            shape: of micro-batches; None finds it from a data loader that is prepared with the model.
 
         Raises:
             UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
         """
         check_environment(self)
         self._slide_config = config
-        self._slide_accumulates = accumulates
+        self._slide_micro_batches = micro_batches
+        self._slide_shape = shape
         self._slide_overlap_is_exact = overlap_is_exact
         # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
         self._slide_bf16 = self.mixed_precision == "bf16"
@@ -53,6 +64,8 @@ class SlideAccelerator(Accelerator):
         result = list(args)
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         for position, obj in enumerate(args):
+            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None and models:
+                self._slide_shape = self._shape_of(obj, models[0])
             if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
                 result[position] = SlideAdamW.adopt(obj)
         prepared = super().prepare(*result, device_placement=device_placement)
@@ -71,11 +84,13 @@ class SlideAccelerator(Accelerator):
     ) -> torch.nn.Module:
         """Stream `model`; a model that is streamed already is returned as it is."""
         if self._slide_bf16 is None:
-            self.configure_slide(SlideConfig(), accumulates=False, overlap_is_exact=False)
+            self.configure_slide(
+                SlideConfig(), micro_batches=1, overlap_is_exact=False, shape=self._slide_shape
+            )
         settings: dict[str, Any] = {
             "bf16": bool(self._slide_bf16),
             "config": self._slide_config or SlideConfig(),
-            "accumulates": self._slide_accumulates or self.gradient_accumulation_steps > 1,
+            "micro_batches": max(self._slide_micro_batches, self.gradient_accumulation_steps),
             "overlap_is_exact": self._slide_overlap_is_exact,
         }
         engine = engine_of(model)
@@ -85,10 +100,26 @@ class SlideAccelerator(Accelerator):
             if model not in self._models:
                 self._models.append(model)
             return model
-        engine = SlideEngine(model, device=self.device, for_training=not evaluation_mode, **settings)
+        engine = SlideEngine(
+            model,
+            device=self.device,
+            for_training=not evaluation_mode,
+            shape=self._slide_shape,
+            **settings,
+        )
         save_exactly(model, engine)
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def _shape_of(self, loader: torch.utils.data.DataLoader, model: torch.nn.Module) -> BatchShape | None:
+        if loader.batch_size is None:  # the dataset or a sampler makes the batches
+            return None
+        return find_batch_shape(
+            loader.dataset,
+            batch_size=loader.batch_size,
+            seq_len=(self._slide_config or SlideConfig()).seq_len,
+            max_positions=getattr(getattr(model, "config", None), "max_position_embeddings", None),
+        )
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None

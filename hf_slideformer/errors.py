@@ -27,3 +27,7 @@ class StateError(SlideFormerError):
 
 class CheckpointError(SlideFormerError):
     """A checkpoint cannot be written or read back exactly."""
+
+
+class ProbeError(SlideFormerError):
+    """A machine cannot be measured: too little memory or disk is free, or a measurement failed."""

@@ -6,6 +6,7 @@ are Trainer's own code.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable
@@ -21,18 +22,23 @@ from transformers.training_args import OptimizerNames
 from .accelerator import SlideAccelerator
 from .checkpoint import set_saved_dtype
 from .config import SlideConfig
-from .engine.blueprint import Blueprint, find_budgets
+from .engine.batch_shape import BatchShape, find_batch_shape
+from .engine.blueprint import Blueprint
 from .engine.engine import SlideEngine, engine_of
 from .engine.loss import DeferredLogits
+from .engine.planning import Planned, plan_for
+from .engine.units import check_has_data
 from .errors import ConfigError, StateError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
-from .planner.plan import Plan, check_budgets
+from .planner.plan import Plan
 
 # The mixin's methods call those of the Trainer class that it is put in front of.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 logger = logging.getLogger(__name__)
+
+PLAN_FILE = "slideformer_plan.json"
 
 _OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
@@ -52,7 +58,7 @@ class SlideStatus:
     def plan(self) -> Plan:
         """Bytes per tier; before the model is prepared, as it will be for training."""
         engine = self.engine
-        return engine.plan if engine is not None else self._trainer._blueprint().plan(training=True)
+        return engine.plan if engine is not None else self._trainer._planned().plan
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -98,16 +104,17 @@ class SlideTrainerMixin(_Trainer):
         self._slide_config = SlideConfig.of(slide_config)
         super().__init__(*args, **kwargs)
         self.slide = SlideStatus(self)
+        check_has_data(self.model)
         self._check_model(self.model)
         self._check_optimizer()
+        self.accelerator._slide_shape = self._batch_shape()
         if self.slide.engine is None:  # a model that streams already has its place
-            budgets = find_budgets(self._slide_config, self.args.device)
-            check_budgets(self._blueprint().plan(training=True), budgets)
+            self._planned()  # refuses what does not fit
         if self.label_smoother is not None:
             self.label_smoother = _FusedLabelSmoother(
                 self.label_smoother.epsilon, self.label_smoother.ignore_index
             )
-        self.callback_handler.callbacks.insert(0, _DrainBeforeForeignCallbacks(self))
+        self.callback_handler.callbacks[:0] = [_DrainBeforeForeignCallbacks(self), _TellPlan(self)]
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -119,7 +126,7 @@ class SlideTrainerMixin(_Trainer):
         self.accelerator.__class__ = SlideAccelerator
         self.accelerator.configure_slide(
             self._slide_config,
-            accumulates=self.args.gradient_accumulation_steps > 1,
+            micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
         )
         self.args._n_gpu = min(1, self.args._n_gpu)  # several visible GPUs would mean DataParallel
@@ -132,9 +139,27 @@ class SlideTrainerMixin(_Trainer):
             self.model,
             bf16=bool(self.accelerator._slide_bf16),
             config=self._slide_config,
-            accumulates=self.args.gradient_accumulation_steps > 1,
+            micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
             on_gpu=self.accelerator.device.type == "cuda",
+        )
+
+    def _planned(self) -> Planned:
+        return plan_for(
+            self.model,
+            self._blueprint(),
+            device=self.accelerator.device,
+            bf16=bool(self.accelerator._slide_bf16),
+            config=self._slide_config,
+            shape=self.accelerator._slide_shape,
+        )
+
+    def _batch_shape(self) -> BatchShape:
+        return find_batch_shape(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            seq_len=self._slide_config.seq_len,
+            max_positions=getattr(getattr(self.model, "config", None), "max_position_embeddings", None),
         )
 
     def _check_arguments(self) -> None:
@@ -225,7 +250,6 @@ class SlideTrainerMixin(_Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; when it returns, every update is done."""
         self._check_model(self.model)
-        logger.info("Where the training state lives:\n%s", self.slide.plan)
         given = self.args.liger_kernel_config
         if self.args.use_liger_kernel and self._fuses_loss():
             # Liger's layers, and our loss head; Liger's own head on request.
@@ -247,6 +271,12 @@ class SlideTrainerMixin(_Trainer):
             return super().training_step(*args, **kwargs)
         except BaseException as error:
             engine = self.slide.engine
+            if isinstance(error, torch.OutOfMemoryError) and engine is not None and engine.plan.batch_size:
+                error.add_note(
+                    f"The plan counts on micro-batches of {engine.plan.batch_size:,} sequences of "
+                    f"{engine.plan.seq_len:,} tokens; if some are longer, set SlideConfig(seq_len=...), otherwise "
+                    "lower gpu_memory to leave more of the GPU free"
+                )
             if engine is not None:
                 try:
                     engine.reset()
@@ -301,6 +331,24 @@ def _drain_on(event: str):
 
 for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") and name != "on_init_end"]:
     setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
+
+
+class _TellPlan(TrainerCallback):
+    """Shows where everything lives when training starts, and leaves the whole plan beside the run's outputs."""
+
+    def __init__(self, trainer: SlideTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Print the plan, unless progress is not to be shown either, and write `slideformer_plan.json`."""
+        plan = self._trainer.slide.plan
+        if args.disable_tqdm:
+            logger.info("Where the training state lives:\n%s", plan)
+        else:
+            print(f"Where the training state lives:\n{plan}", flush=True)
+        path = Path(args.output_dir) / PLAN_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class _FusedLabelSmoother(LabelSmoother):

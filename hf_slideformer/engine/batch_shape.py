@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 # Used where nothing is known of the data.
-DEFAULT_SEQ_LEN = 2048
+DEFAULT_SEQ_LEN = 4096
 _SAMPLES = 256
 _MAX_SECONDS = 2.0
 
@@ -49,7 +49,8 @@ def find_batch_shape(
     return BatchShape(
         batch_size,
         assumed,
-        f"the data does not tell its lengths, so sequences of {assumed:,} tokens are assumed; set SlideConfig(seq_len=...)",
+        f"the data does not tell its lengths, so sequences of {assumed:,} tokens are assumed; set "
+        "SlideConfig(seq_len=...)",
     )
 
 

@@ -22,13 +22,14 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import SlideConfig
-from ..errors import StateError, UnsupportedModelError
+from ..errors import PlanError, StateError, UnsupportedModelError
 from ..hardware import default_update_threads
 from ..memory.layout import Segment, lay_out
 from ..memory.manager import UnitMemory
@@ -40,13 +41,16 @@ from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
 from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit, zero_moments
 from ..optim.worker import UpdateWorker
-from ..planner.plan import Decisions, check_budgets
-from .blueprint import Blueprint, find_budgets
+from ..planner.workload import Decisions
+from .batch_shape import BatchShape
+from .blueprint import Blueprint
 from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, StagingBuffers, settle
 from .loss import defer_logits
 from .outside import OutsideUpdates
+from .planning import find_budgets, plan_for
 from .replaced import raise_not_picklable
+from .units import check_has_data
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +65,10 @@ class SlideEngine:
         device: where units compute.
         bf16: mixed precision; fp32 weights become split masters that stream in bf16.
         config: the user's settings.
-        accumulates: several backwards make a step, so gradients are summed in fp32.
+        micro_batches: backwards that make a step; with more than one gradients are summed in fp32.
         overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
         for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
+        shape: what is known of micro-batches; without it the planner keeps away from what depends on them.
         decisions: where state lives and what happens to activations; None lets the planner decide.
         delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
             "update", by label.
@@ -81,13 +86,15 @@ class SlideEngine:
         device: torch.device,
         bf16: bool,
         config: SlideConfig,
-        accumulates: bool = False,
+        micro_batches: int = 1,
         overlap_is_exact: bool = False,
         for_training: bool = True,
+        shape: BatchShape | None = None,
         decisions: Decisions | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         delays = delays or {}
+        check_has_data(model)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
@@ -96,7 +103,7 @@ class SlideEngine:
         self.metrics = Metrics()
         self.metrics.tracing = config.trace_steps > 0
         self._broken: BaseException | None = None
-        self._accumulates = accumulates
+        self._accumulates = micro_batches > 1
         self._threads = config.cpu_threads or default_update_threads(device)
         self._optimizer: SlideAdamW | None = None
         # Gradients that were clipped and not used yet: the gradient, its version then, and the coefficient.
@@ -113,26 +120,34 @@ class SlideEngine:
             model,
             bf16=bf16,
             config=config,
-            accumulates=accumulates,
+            micro_batches=micro_batches,
             overlap_is_exact=overlap_is_exact,
             on_gpu=device.type == "cuda",
-            decisions=decisions,
         )
         self.overlapped = blueprint.overlapped
-        self.plan = blueprint.plan(training=False)
         gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
+        self._refusal: PlanError | None = None
+        how: dict[str, Any] = {"device": device, "bf16": bf16, "config": config, "shape": shape}
+        try:  # also where only evaluation is asked for now: training may follow
+            self._planned = plan_for(model, blueprint, **how, decisions=decisions)
+        except PlanError as error:
+            if for_training:
+                raise
+            self._refusal = error
+            self._planned = plan_for(model, blueprint, **how, training=False)
+        self.plan = self._planned.evaluating()
+        decisions = self.plan.decisions
         self._budgets = find_budgets(config, device)
-        check_budgets(blueprint.plan(training=for_training), self._budgets)
 
         self._pinned_bytes = 0
         self._warned_of_pageable = False
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
-        units = self._move(model, blueprint)
+        units = self._move(model, blueprint, decisions)
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
         self._worker = UpdateWorker(self.metrics, delays.get("update"))
-        slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts), default=0)
-        self.pool = SlotPool(device, slot_bytes, blueprint.decisions.slots, self._lanes[0], self.metrics)
+        slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts(decisions)), default=0)
+        self.pool = SlotPool(device, slot_bytes, decisions.slots, self._lanes[0], self.metrics)
         self.gradients: Gradients | None = None
         self._outside = self._outside_updates()
         offload = TensorOffload(device, self._lanes[1], self._lanes[0], self.metrics, self._pin)
@@ -141,6 +156,7 @@ class SlideEngine:
         for unit in units:
             unit.found.module.forward = UnitForward(self.executor, unit)
         self._logits_readers: set[str] = set()
+        self._said: list[str] = []
         if blueprint.head.module is not None:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
@@ -166,13 +182,13 @@ class SlideEngine:
         self._pinned_bytes += nbytes
         return True
 
-    def _move(self, model: nn.Module, blueprint: Blueprint) -> list[Unit]:
+    def _move(self, model: nn.Module, blueprint: Blueprint, decisions: Decisions) -> list[Unit]:
         specs = blueprint.specs
         order = {id(param): index for index, (_, param) in enumerate(model.named_parameters())}
         units = []
         with torch.no_grad():
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
-                streamed = index in blueprint.streamed
+                streamed = index not in decisions.resident
                 layout = layout if streamed else lay_out([])
                 memory = UnitMemory(
                     layout, pin=streamed and self._pin(layout.weight_bytes + layout.grad_bytes)
@@ -193,7 +209,7 @@ class SlideEngine:
                     self._rehome(state)
                     states.append(state)
                     owners.append(unit.owners[name])
-                policy = blueprint.decisions.activations[index]
+                policy = decisions.activations[index]
                 units.append(
                     Unit(
                         index=index,
@@ -208,12 +224,12 @@ class SlideEngine:
                         shared=[p for p in unit.module.parameters() if p.requires_grad and id(p) not in own],
                         keeps=policy == "keep",
                         offloads=policy == "offload",
-                        planned_bytes=blueprint.planned_bytes(index),
+                        planned_bytes=self._planned.input_bytes(index),
                         argument_names=tuple(inspect.signature(unit.module.forward).parameters),
                         version=sum(state.param._version for state in states),
                     )
                 )
-            self._move_outside(model, blueprint, order)
+            self._move_outside(model, blueprint, decisions, order)
             for _, param in model.named_parameters():
                 if id(param) not in self._state_of:
                     spec = specs[id(param)]
@@ -231,10 +247,13 @@ class SlideEngine:
         self.states.sort(key=lambda state: state.order)
         return units
 
-    def _move_outside(self, model: nn.Module, blueprint: Blueprint, order: dict[int, int]) -> None:
+    def _move_outside(
+        self, model: nn.Module, blueprint: Blueprint, decisions: Decisions, order: dict[int, int]
+    ) -> None:
         """Parameters outside of units whose master is in RAM and whose weights are on the device."""
-        layout = blueprint.outside_layout
-        self._outside_memory = UnitMemory(layout, pin=self._pin(layout.weight_bytes + layout.grad_bytes))
+        layout = blueprint.outside_layout(decisions)
+        pinned = layout.weight_bytes + layout.grad_bytes
+        self._outside_memory = UnitMemory(layout, pin=pinned > 0 and self._pin(pinned))
         segments = {segment.spec.name: segment for segment in layout.segments}
         for _, param in model.named_parameters():
             spec = blueprint.specs[id(param)]
@@ -286,6 +305,7 @@ class SlideEngine:
         self._logits_readers.add(reader)
         note = f"all logits were computed in training, because `{reader}` reads them"
         logger.warning("%s; the loss is fused where it is torch.nn.functional.cross_entropy", note)
+        self._said.append(note)
         self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
 
     def attach_optimizer(self, optimizer: SlideAdamW) -> None:
@@ -295,9 +315,12 @@ class SlideEngine:
 
         Raises:
             UnsupportedModelError: a parameter that is not this model's.
+            PlanError: the model was prepared for evaluation only, and its training does not fit.
         """
         if self._optimizer is optimizer:
             return
+        if self._refusal is not None:
+            raise self._refusal
         if self._optimizer is not None:
             self.synchronize()
             self._forget_moments()
@@ -320,7 +343,7 @@ class SlideEngine:
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
         self._optimizer = optimizer
         optimizer.bind(self)
-        self.plan = self._blueprint.plan(training=True)
+        self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
         self.gradients = self._make_gradients()
 
     def _forget_moments(self) -> None:
@@ -348,10 +371,11 @@ class SlideEngine:
         self._group_of = self._find_groups(self._optimizer)
 
     def _make_gradients(self) -> Gradients:
-        largest = max((layout.grad_bytes for layout in self._blueprint.streamed_layouts), default=0)
+        layouts = self._blueprint.streamed_layouts(self.plan.decisions)
+        largest = max((layout.grad_bytes for layout in layouts), default=0)
         # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves,
         # and is made only when the first sum needs it.
-        count = self._blueprint.decisions.staging_buffers
+        count = self.plan.decisions.staging_buffers
         staging = StagingBuffers(largest, max(1, count), pin=self._pin(count * largest))
         return Gradients(
             device=self.device,
@@ -365,12 +389,8 @@ class SlideEngine:
             overlapped_update=self._overlapped_update,
             take_scale=self._take_scale,
             place=self._place_in_forward,
-            on_finish=self._backward_done,
+            on_finish=self.executor.tape.restart,
         )
-
-    def _backward_done(self) -> None:
-        self.executor.tape.restart()
-        self.executor.offload.settle()
 
     # -- sink of the executor ----------------------------------------------------------------------------------
 
@@ -771,13 +791,13 @@ class SlideEngine:
         return id(param) in self._state_of
 
     def check_settings(
-        self, *, bf16: bool, config: SlideConfig, accumulates: bool, overlap_is_exact: bool
+        self, *, bf16: bool, config: SlideConfig, micro_batches: int, overlap_is_exact: bool
     ) -> None:
         """Raise `StateError` if the model was prepared with settings that are not these."""
         overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
         wanted = {
             "bf16": bf16,
-            "accumulates": accumulates,
+            "accumulates": micro_batches > 1,
             "overlapped": overlapped,
             "optimizer_states": config.optimizer_states,
             "config": config,

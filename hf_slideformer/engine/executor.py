@@ -264,6 +264,7 @@ class Executor:
 
     def _unpark(self, call: UnitCall) -> None:
         """Bring the inputs of `call` back, and start on those that backward needs next."""
+        self.offload.settle()
         for position, parked in call.parked.items():
             call.inputs[position].data = self.offload.take(parked)
         call.parked = {}

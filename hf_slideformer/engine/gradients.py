@@ -51,11 +51,16 @@ class StagingBuffers:
         self._nbytes, self._pin = nbytes, pin
         self._free: list[HostBuffer] = []
         self._available = threading.Semaphore(count)
+        self.host_bytes = 0
 
     def take(self) -> HostBuffer:
         """A free buffer, which the caller owns until it leaves `returned`."""
         self._available.acquire()
-        return self._free.pop() if self._free else HostBuffer(self._nbytes, pin=self._pin)
+        if self._free:
+            return self._free.pop()
+        buffer = HostBuffer(self._nbytes, pin=self._pin)
+        self.host_bytes += buffer.nbytes
+        return buffer
 
     @contextlib.contextmanager
     def returned(self, staged: list[HostBuffer]) -> Iterator[HostBuffer]:
@@ -121,6 +126,11 @@ class Gradients:
         self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
         # Sum of squares of a gradient as it landed, with the memory and version of `p.grad` that it belongs to.
         self._squares: dict[int, tuple[torch.Tensor | float, tuple[int, int] | None]] = {}
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of staging buffers allocated now."""
+        return self._staging.host_bytes
 
     # -- during backward -------------------------------------------------------------------------------------
 

@@ -46,6 +46,19 @@ class HeadChoice:
         )
 
 
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head of a transformers model or of the one in a wrapper; None if it has none."""
+    for module in model.modules():
+        get_head = getattr(module, "get_output_embeddings", None)
+        try:
+            head = get_head() if callable(get_head) else None
+        except (AttributeError, NotImplementedError):  # a wrapper that only hands the call on
+            continue
+        if head is not None:
+            return head
+    return None
+
+
 def find_head(model: nn.Module, *, mode: str, on_gpu: bool) -> HeadChoice:
     """Decide whether and where the loss is fused.
 
@@ -58,15 +71,7 @@ def find_head(model: nn.Module, *, mode: str, on_gpu: bool) -> HeadChoice:
         return HeadChoice(None, "loss='model'")
     if mode == "auto" and not on_gpu:
         return HeadChoice(None, "on the CPU it is fused only by loss='fused'")
-    head = None
-    for module in model.modules():
-        get_head = getattr(module, "get_output_embeddings", None)
-        try:
-            head = get_head() if callable(get_head) else None
-        except (AttributeError, NotImplementedError):  # a wrapper that only hands the call on
-            continue
-        if head is not None:
-            break
+    head = output_embeddings(model)
     if head is None:
         return HeadChoice(None, "it has no output embeddings")
     if type(head) is not nn.Linear or "forward" in head.__dict__:

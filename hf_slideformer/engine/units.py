@@ -124,6 +124,15 @@ def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) 
     return ParamSpec(name, tuple(param.shape), param.dtype, param.dtype, False, False)
 
 
+def check_has_data(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for weights that were not loaded."""
+    for name, param in model.named_parameters():
+        if param.device.type == "meta":
+            raise UnsupportedModelError(
+                f"{name} has no data (meta device); load the model's weights before preparing it"
+            )
+
+
 def check_no_hooks(name: str, param: nn.Parameter) -> None:
     """Raise `UnsupportedModelError` for hooks on a streamed parameter: its gradient never passes through them."""
     if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):

@@ -1,5 +1,5 @@
-"""Planner: bytes per tier from layouts and settings. Pure: reads no hardware, allocates nothing."""
+"""Planner: what lives where, and how fast that is. Pure: reads no hardware, allocates nothing."""
 
-from .plan import Plan, make_plan
+from .plan import Plan
 
-__all__ = ["Plan", "make_plan"]
+__all__ = ["Plan"]

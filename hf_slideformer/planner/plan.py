@@ -2,51 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import PlanError
-from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS, MomentFormat, ParamSpec, UnitLayout
+from ..memory.layout import EIGHT_BIT_MOMENTS
+from .memory import Item, MemoryModel, gpu_reserve_bytes
+from .timeline import Prediction
+from .workload import Budgets, Decisions, Workload
+
+__all__ = [
+    "Budgets",
+    "Decisions",
+    "Item",
+    "Plan",
+    "Workload",
+    "check_budgets",
+    "describe",
+    "format_bytes",
+]
 
 GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Decisions:
-    """What a plan decides; the engine does what this says.
-
-    Attributes:
-        resident: indices of the units whose weights and optimizer state stay on the GPU.
-        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM meanwhile).
-        slots: GPU buffers that the other units take turns in.
-        staging_buffers: host buffers that gradients pass through.
-        outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
-    """
-
-    resident: tuple[int, ...]
-    activations: tuple[str, ...]
-    slots: int
-    staging_buffers: int
-    outside_state: str = "GPU"
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One line of the plan: a kind of state, its tier ("GPU" or "RAM"), its size, and whether it is pinned."""
-
-    tier: str
-    what: str
-    nbytes: int
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """What a plan would need with one other setting, as it is written in `SlideConfig`."""
-
-    setting: str
-    gpu_bytes: int
-    ram_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +30,8 @@ class Plan:
     """Where the training state lives.
 
     Attributes:
-        items: all state that is allocated for the whole run; activations and temporary memory of kernels come
-            on top on the GPU.
+        items: what each tier holds when it holds most in training; their sum is the predicted peak. Without a profile
+            activations and temporary memory of kernels come on top on the GPU.
         update: "deferred", "overlapped", or "none" (no optimizer).
         moments: "fp32", "8bit", or "none" (no optimizer).
         units: number of streamed units.
@@ -64,7 +40,13 @@ class Plan:
         resident_params: parameters that stay on the GPU.
         notes: differences from plain training that a user should know.
         device: "GPU", or "CPU" where RAM stands in for the GPU.
-        alternatives: what could be set to need less.
+        decisions: what the engine is told.
+        batch_size, seq_len: of the micro-batch that was planned for; None if nothing was known of it.
+        peaks: peak bytes by phase ("load", "train", "save", "resume") and tier.
+        peak_at: where in a step the GPU's peak is.
+        budgets: bytes that may be used by tier, where they were given.
+        reserve_bytes: how much of the GPU's budget is kept free for fragmentation.
+        prediction: time of a step, where the machine was given.
     """
 
     items: tuple[Item, ...]
@@ -76,7 +58,14 @@ class Plan:
     resident_params: int
     notes: tuple[str, ...]
     device: str
-    alternatives: tuple[Alternative, ...] = ()
+    decisions: Decisions
+    batch_size: int | None = None
+    seq_len: int | None = None
+    peaks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    peak_at: str = ""
+    budgets: Mapping[str, int] = field(default_factory=dict)
+    reserve_bytes: int = 0
+    prediction: Prediction | None = None
 
     def tier_bytes(self, tier: str) -> int:
         """Bytes in one tier ("GPU" or "RAM")."""
@@ -87,180 +76,181 @@ class Plan:
         """Bytes of RAM that are pinned."""
         return sum(item.nbytes for item in self.items if item.pinned)
 
+    @property
+    def left(self) -> dict[str, int]:
+        """Bytes of each budget that the peak of training leaves; the GPU's reserve is part of them."""
+        needs = _needs(self)
+        return {tier: budget - needs[tier] for tier, budget in self.budgets.items()}
+
     def as_dict(self) -> dict:
         """Plain data for JSON."""
-        return asdict(self)
+        return asdict(self) | {"left": self.left}
 
     def __str__(self) -> str:
-        streamed = f"{self.units} units ({self.host_params / 1e6:,.1f} M parameters) stream through {self.slots} slots"
-        resident = f"{self.resident_params / 1e6:,.1f} M parameters are resident"
-        moments = "; 8-bit moments" if self.moments == EIGHT_BIT_MOMENTS.name else ""
-        lines = [f"{streamed}; {resident}; updates: {self.update}{moments}"]
+        lines = [self._headline()]
         for tier in ("GPU", "RAM"):
             label = (
                 f"{tier} (this machine's RAM stands in)" if tier == "GPU" and self.device == "CPU" else tier
             )
-            lines.append(f"  {label:<42} {_size(self.tier_bytes(tier)):>12}")
+            left = f", {format_bytes(self.left[tier])} left" if tier in self.left else ""
+            where = f" ({self.peak_at})" if tier == "GPU" and self.peak_at and self.batch_size else ""
+            lines.append(f"  {label:<42} {format_bytes(self.tier_bytes(tier)):>12}{left}{where}")
             lines += [
-                f"    {item.what + (' (pinned)' if item.pinned else ''):<40} {_size(item.nbytes):>12}"
+                f"    {item.what + (' (pinned)' if item.pinned else ''):<40} {format_bytes(item.nbytes):>12}"
                 for item in self.items
                 if item.tier == tier and item.nbytes
             ]
-        lines.append("  activations and temporary memory of kernels come on top of the GPU figure")
+        if self.batch_size is None:
+            lines.append("  activations and temporary memory of kernels come on top of the GPU figure")
+        if self.prediction is not None:
+            lines.append(
+                f"  predicted: {self.prediction.tokens_per_s:,.0f} tokens/s, {self.prediction.step_s:.2f} s a step, "
+                f"bound by {self.prediction.bound_by}"
+            )
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
+    def _headline(self) -> str:
+        streamed = (
+            f"{_units(self.units)} ({self.host_params / 1e6:,.1f} M parameters) "
+            f"{'streams' if self.units == 1 else 'stream'} through {self.slots} slots"
+            if self.units
+            else "nothing streams"
+        )
+        stay = len(self.decisions.resident)
+        staying = f"{_units(stay)} {'stays' if stay == 1 else 'stay'} on the GPU; " if stay else ""
+        moments = "; 8-bit moments" if self.moments == EIGHT_BIT_MOMENTS.name else ""
+        return (
+            f"{streamed}; {staying}{self.resident_params / 1e6:,.1f} M parameters are resident; "
+            f"{self._activations()}updates: {self.update}{moments}"
+        )
 
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Bytes that may be used per tier; what the user allowed, or what is there."""
+    def _activations(self) -> str:
+        if self.batch_size is None:
+            return ""
+        kept, offloaded = self.decisions.kept, self.decisions.offloaded
+        again = len(self.decisions.activations) - kept
+        parts = [f"kept in {_units(kept)}"] if kept else []
+        parts += [f"recomputed in {_units(again)}"] if again else []
+        parts += [f"inputs of {_units(offloaded)} in RAM"] if offloaded else []
+        return f"activations {', '.join(parts)}; " if parts else ""
 
-    gpu: int
-    ram: int
-    pinned: int | None = None
 
-
-def make_plan(
+def describe(
+    workload: Workload,
+    decisions: Decisions,
     *,
-    layouts: Sequence[UnitLayout],
-    resident: Sequence[ParamSpec],
-    slots: int,
-    training: bool,
-    overlapped: bool,
-    fp32_sums: bool,
-    staging_buffers: int,
-    on_gpu: bool,
-    moments: MomentFormat = FP32_MOMENTS,
+    budgets: Budgets | None = None,
+    prediction: Prediction | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
-    """Bytes of every kind of state.
+    """The plan that these decisions make.
 
     Args:
-        layouts: one per unit.
-        resident: parameters that stay on the device.
-        slots: number of slots.
-        training: whether optimizer state and gradients are needed.
-        overlapped: updates overlap backward, so gradients only pass through staging buffers.
-        fp32_sums: gradients are summed over micro-batches in fp32.
-        staging_buffers: number of staging buffers for gradients.
-        on_gpu: whether the device is a GPU (and host buffers that it reads are pinned).
-        moments: how the optimizer's moments are stored.
+        workload: what is planned for.
+        decisions: what lives where.
+        budgets: bytes that may be used; what they leave is then part of the plan.
+        prediction: what a step takes.
         notes: sentences to show.
 
     Returns:
-        The plan. Sizes are of payload and alignment; page rounding adds at most 4 KiB per buffer.
+        The plan. It may exceed the budgets: see `check_budgets`.
     """
-    split_resident = sum(spec.numel for spec in resident if spec.split)
-    trained_resident = sum(spec.numel for spec in resident if spec.trainable)
-    largest = max((layout.weight_bytes for layout in layouts), default=0)
-    largest_grad = max((layout.grad_bytes for layout in layouts), default=0)
-    resident_weights = sum(spec.numel * spec.dtype.itemsize for spec in resident)
-    items = [
-        Item("GPU", "slots", slots * largest),
-        Item("GPU", "resident weights", resident_weights),
-        Item("GPU", "resident master residuals", 2 * split_resident),
-    ]
-    moment_bytes = _moment_bytes(layouts, resident, moments)
-    if training:
-        grad_size = 4 * trained_resident if fp32_sums else None
-        if grad_size is None:
-            grad_size = sum(spec.numel * spec.dtype.itemsize for spec in resident if spec.trainable)
-        items += [
-            Item("GPU", "resident moments", moment_bytes["GPU"]),
-            Item("GPU", "resident gradients", grad_size),
-            Item("GPU", "gradients on their way", 3 * largest_grad),
-        ]
-    items += [
-        Item("RAM", "weights", sum(layout.weight_bytes for layout in layouts), pinned=on_gpu),
-        Item("RAM", "master residuals", sum(2 * layout.lo_numel for layout in layouts)),
-    ]
-    if training:
-        state = sum(layout.state_numel for layout in layouts)
-        items.append(Item("RAM", "moments", moment_bytes["RAM"]))
-        if not overlapped:
-            nbytes = 4 * state if fp32_sums else sum(layout.grad_bytes for layout in layouts)
-            items.append(Item("RAM", "gradients", nbytes, pinned=on_gpu and not fp32_sums))
-        items.append(Item("RAM", "gradient staging", staging_buffers * largest_grad, pinned=on_gpu))
+    memory = MemoryModel(workload)
+    where, gpu_items = memory.gpu_items(decisions)
+    streamed = [layout for unit, layout in enumerate(workload.layouts) if unit not in set(decisions.resident)]
+    in_ram = sum(layout.numel for layout in streamed)
+    every = sum(layout.numel for layout in workload.layouts) + sum(spec.numel for spec in workload.outside)
+    profile = workload.profile if workload.training else None
     plan = Plan(
-        items=tuple(items),
-        update="none" if not training else "overlapped" if overlapped else "deferred",
-        moments=moments.name if training else "none",
-        units=len(layouts),
-        slots=slots,
-        host_params=sum(layout.numel for layout in layouts),
-        resident_params=sum(spec.numel for spec in resident),
-        notes=tuple(notes),
-        device="GPU" if on_gpu else "CPU",
+        items=(*gpu_items, *memory.ram_items(decisions)),
+        update=workload.update,
+        moments=workload.moments.name if workload.training else "none",
+        units=len(streamed),
+        slots=decisions.slots,
+        host_params=in_ram,
+        resident_params=every - in_ram,
+        notes=(*notes, *(profile.notes if profile is not None else ())),
+        device="GPU" if workload.on_gpu else "CPU",
+        decisions=decisions,
+        batch_size=profile.batch_size if profile is not None else None,
+        seq_len=profile.seq_len if profile is not None else None,
+        peaks=memory.peaks(decisions),
+        peak_at=where,
+        prediction=prediction,
     )
-    if not training or moments is EIGHT_BIT_MOMENTS:
-        return plan
-    smaller = _moment_bytes(layouts, resident, EIGHT_BIT_MOMENTS)
-    gpu, ram = (plan.tier_bytes(tier) - moment_bytes[tier] + smaller[tier] for tier in ("GPU", "RAM"))
-    return replace(plan, alternatives=(Alternative("optimizer_states='8bit'", gpu, ram),))
+    if budgets is not None:
+        reserve = gpu_reserve_bytes(workload, budgets.gpu)
+        plan = replace(plan, budgets={"GPU": budgets.gpu, "RAM": budgets.ram}, reserve_bytes=reserve)
+        plan = replace(plan, notes=(*plan.notes, *_phase_notes(plan)))
+    return plan
 
 
-def _moment_bytes(
-    layouts: Sequence[UnitLayout], resident: Sequence[ParamSpec], moments: MomentFormat
-) -> dict[str, int]:
-    """Bytes of moments by tier."""
-    return {
-        "GPU": sum(moments.nbytes(spec.numel) for spec in resident if spec.trainable),
-        "RAM": sum(moments.nbytes(layout.state_numel) for layout in layouts),
-    }
+def _phase_notes(plan: Plan) -> list[str]:
+    """What will not fit outside of training, where the run does not come to a stop at its start."""
+    notes = []
+    for phase, reason in (
+        ("save", "fp32 weights are joined from their halves"),
+        ("resume", "the optimizer's file is read whole"),
+    ):
+        peak = plan.peaks.get(phase)
+        if peak is not None:
+            needed = peak["RAM"] + (peak["GPU"] if plan.device == "CPU" else 0)
+            if needed > plan.budgets["RAM"]:
+                notes.append(
+                    f"to {phase} needs {format_bytes(needed)} of RAM for a while, "
+                    f"{format_bytes(needed - plan.budgets['RAM'])} more than may be used: {reason}"
+                )
+    return notes
 
 
-def check_budgets(plan: Plan, budgets: Budgets) -> None:
+def _needs(plan: Plan) -> dict[str, int]:
+    """Bytes by tier; where RAM stands in for the GPU both tiers come out of the RAM there is."""
+    needs = {"GPU": plan.tier_bytes("GPU"), "RAM": plan.tier_bytes("RAM")}
+    if plan.device == "CPU":
+        needs["RAM"] += needs["GPU"]
+    return needs
+
+
+def check_budgets(plan: Plan, budgets: Budgets, hints: Sequence[str] = ()) -> None:
     """Refuse a plan that does not fit.
 
+    Args:
+        plan: to be checked.
+        budgets: bytes that may be used.
+        hints: sentences with further remedies.
+
     Raises:
-        PlanError: with the numbers of each tier and the cheapest remedy.
+        PlanError: with the numbers of the tier and the remedies.
     """
-    on_gpu = plan.device == "GPU"
-    needs = {"GPU": plan.tier_bytes("GPU"), "RAM": plan.tier_bytes("RAM")}
-    if not on_gpu:  # RAM stands in for the GPU, so both tiers come out of the RAM there is
-        needs["RAM"] += needs["GPU"]
+    needs = _needs(plan)
     for tier, budget, remedy in (
         (
             "GPU",
-            budgets.gpu,
+            budgets.gpu - plan.reserve_bytes,
             "Raise gpu_memory or free some, or use a model with smaller layers or a smaller vocabulary.",
         ),
         ("RAM", budgets.ram, "Raise cpu_memory or free some, freeze some layers, or use a smaller model."),
     ):
         if needs[tier] > budget:
             parts = ", ".join(
-                f"{item.what} {_size(item.nbytes)}"
+                f"{item.what} {format_bytes(item.nbytes)}"
                 for item in plan.items
                 if item.tier == tier and item.nbytes
             )
-            if tier == "RAM" and not on_gpu:
-                parts += f", stand-in for the GPU {_size(plan.tier_bytes('GPU'))}"
-            raise PlanError(
-                f"The plan needs {_size(needs[tier])} of {tier} ({parts}); {_size(budget)} may be used. {remedy}"
-                + _alternatives_hint(plan, tier, needs[tier], budget)
-                + _deferred_hint(plan, tier)
-            )
+            if tier == "RAM" and plan.device == "CPU":
+                parts += f", stand-in for the GPU {format_bytes(plan.tier_bytes('GPU'))}"
+            free = ""
+            if tier == "GPU" and plan.reserve_bytes:
+                free = f", and {format_bytes(plan.reserve_bytes)} more stay free for fragmentation"
+            need = f"The plan needs {format_bytes(needs[tier])} of {tier} ({parts})"
+            raise PlanError(" ".join((f"{need}; {format_bytes(budget)} may be used{free}.", remedy, *hints)))
 
 
-def _alternatives_hint(plan: Plan, tier: str, needed: int, budget: int) -> str:
-    hint = ""
-    for other in plan.alternatives:
-        needs = other.gpu_bytes if tier == "GPU" else other.ram_bytes
-        if tier == "RAM" and plan.device == "CPU":
-            needs += other.gpu_bytes
-        if needs <= budget:
-            hint += f" With {other.setting} it needs {_size(needs)} of {tier}, which fits."
-        elif needs < needed:
-            hint += f" With {other.setting} it needs {_size(needs)} of {tier}."
-    return hint
+def _units(count: int) -> str:
+    return f"{count} unit" if count == 1 else f"{count} units"
 
 
-def _deferred_hint(plan: Plan, tier: str) -> str:
-    grads = next((item.nbytes for item in plan.items if item.what == "gradients"), 0)
-    if tier == "RAM" and plan.update == "deferred" and grads:
-        return f" Training with max_grad_norm=0 and no accumulation lets updates overlap, which saves {_size(grads)}."
-    return ""
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB // 10 else f"{nbytes / 2**20:.2f} MiB"
+def format_bytes(nbytes: int) -> str:
+    """A size as it is shown: in GiB, or in MiB where that says more."""
+    return f"{nbytes / GIB:.2f} GiB" if abs(nbytes) >= GIB // 10 else f"{nbytes / 2**20:.2f} MiB"

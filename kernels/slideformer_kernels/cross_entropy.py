@@ -105,6 +105,21 @@ def linear_cross_entropy(
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
+def logits_chunk_shape(
+    rows: int, vocabulary: int, itemsize: int, memory_budget: int = DEFAULT_MEMORY_BUDGET
+) -> tuple[int, int]:
+    """Return the shape of the buffer for a chunk's logits: rows, and entries from one row to the next.
+
+    Args:
+        rows: tokens of the whole loss, at least 1.
+        vocabulary: entries of a row.
+        itemsize: bytes of an entry.
+        memory_budget: bytes of the buffer, at most; see :func:`linear_cross_entropy`.
+    """
+    stride = _up(vocabulary, _STRIDE_MULTIPLE)
+    return _chunk_rows(rows, stride * itemsize, memory_budget), stride
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, options, memory_budget, wants_grads):
@@ -169,8 +184,7 @@ def _run_chunks(
         return losses
     kernels = _kernels(hidden)
     wants_grads = any(x is not None for x in (grads.hidden, grads.weight, grads.bias))
-    stride = _up(vocabulary, _STRIDE_MULTIPLE)
-    step = _chunk_rows(rows, stride * hidden.element_size(), memory_budget)
+    step, stride = logits_chunk_shape(rows, vocabulary, hidden.element_size(), memory_budget)
     buffer = torch.empty(step, stride, dtype=hidden.dtype, device=hidden.device)
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

@@ -54,6 +54,48 @@ SHAPES = {
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
     },
+    "llama-2-13b": {
+        "model_type": "llama",
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "mistral-small-24b": {
+        "model_type": "mistral",
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 131072,
+        "max_position_embeddings": 32768,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000000.0},
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
+    "mistral-large-123b": {
+        "model_type": "mistral",
+        "hidden_size": 12288,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 88,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 32768,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        "sliding_window": None,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "model_type": "llama",
         "hidden_size": 64,
@@ -93,6 +135,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--slide", nargs="+", default=[], metavar="KEY=VALUE", help="more of SlideConfig: update=overlapped"
     )
+    parser.add_argument("--gpu-cap", help="torch may take no more of the GPU than this: 24GiB")
     parser.add_argument(
         "--trace", type=Path, help="write a Chrome trace of two steps after the measured ones"
     )
@@ -208,6 +251,8 @@ def train(args: argparse.Namespace, batch_size: int, output_dir: str) -> dict:
     config = build_config(args)
     model = build_model(config, on_gpu)
     params = sum(parameter.numel() for parameter in model.parameters())
+    if args.gpu_cap:  # from here on: the weights may have been made on the GPU, and are about to leave it
+        cap_gpu_memory(args.gpu_cap)
     trainer = trainer_class(args, clock)(
         model=model,
         args=TrainingArguments(
@@ -262,6 +307,16 @@ def train(args: argparse.Namespace, batch_size: int, output_dir: str) -> dict:
     }
 
 
+def cap_gpu_memory(size: str) -> None:
+    """Make torch's allocator fail beyond `size`, as a smaller GPU would."""
+    import torch
+
+    from hf_slideformer.config import parse_bytes
+
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, parse_bytes(size) / total))
+
+
 def build_config(args: argparse.Namespace):
     """Return the transformers config of the shape."""
     from transformers import AutoConfig
@@ -279,7 +334,7 @@ def build_config(args: argparse.Namespace):
 
 
 def build_model(config, on_gpu: bool):
-    """Return the model with random bf16 weights, made on the GPU if they take under 60 % of what is free there.
+    """Return the model with random bf16 weights, made on the GPU if they take under 75 % of what is free there.
 
     Random numbers for 8B parameters take a second on a GPU and minutes on a CPU.
     """
@@ -291,7 +346,7 @@ def build_model(config, on_gpu: bool):
         with torch.device("meta"):
             weights = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         weight_bytes = 2 * sum(parameter.numel() for parameter in weights.parameters())
-        device = "cuda" if weight_bytes < 0.6 * torch.cuda.mem_get_info()[0] else "cpu"
+        device = "cuda" if weight_bytes < 0.75 * torch.cuda.mem_get_info()[0] else "cpu"
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
@@ -414,7 +469,9 @@ def slide_plan(trainer) -> dict:
     plan, engine = trainer.slide.plan, trainer.slide.engine
     return {
         "plan": plan.as_dict(),
-        "host_state_bytes_per_param": engine.host_state_bytes / plan.host_params,
+        "host_state_bytes_per_param": engine.host_state_bytes / plan.host_params
+        if plan.host_params
+        else None,
     }
 
 

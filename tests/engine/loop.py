@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_slideformer import SlideAdamW, SlideConfig
+from hf_slideformer.engine.batch_shape import BatchShape
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.optim.state import ParamState
-from hf_slideformer.planner.plan import Decisions
+from hf_slideformer.planner.workload import Decisions
 
 
 @dataclass
@@ -49,6 +50,7 @@ def prepare(
     config: SlideConfig | None = None,
     accumulates: bool = False,
     overlap_is_exact: bool = False,
+    shape: BatchShape | None = None,
     decisions: Decisions | None = None,
     delays: Mapping[str, Callable[[str], float]] | None = None,
     lr: float = 1e-3,
@@ -59,8 +61,9 @@ def prepare(
         device=torch.device(device),
         bf16=bf16,
         config=config or SlideConfig(),
-        accumulates=accumulates,
+        micro_batches=2 if accumulates else 1,
         overlap_is_exact=overlap_is_exact,
+        shape=shape,
         decisions=decisions,
         delays=delays,
     )
@@ -116,27 +119,33 @@ def train(
     autocast: bool = True,
 ) -> Run:
     """Train `run` for `steps` steps; `max_norm=None` does not call clip at all."""
-    device = run.engine.device
     data = iter(
         batches(steps * micro_batches, batch=batch, seq=seq, vocab=run.model.config.vocab_size, seed=seed)
     )
     run.model.train()
     for _ in range(steps):
-        total = 0.0
-        for _ in range(micro_batches):
-            tokens = next(data).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                loss = run.model(input_ids=tokens, labels=tokens, use_cache=False).loss / micro_batches
-            loss.backward()
-            total += loss.item()
-        run.losses.append(total)
-        if max_norm is not None:
-            run.norms.append(run.engine.clip_grad_norm_(run.model.parameters(), max_norm).item())
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        step(run, [next(data) for _ in range(micro_batches)], max_norm=max_norm, autocast=autocast)
     run.engine.synchronize()
     run.weights = {state.name: state.read_master().detach().cpu().clone() for state in run.engine.states}
     return run
+
+
+def step(
+    run: Run, micro_batches: list[torch.Tensor], *, max_norm: float | None, autocast: bool = True
+) -> None:
+    """One optimizer step on these tokens."""
+    device, total = run.engine.device, 0.0
+    for tokens in micro_batches:
+        tokens = tokens.to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+            loss = run.model(input_ids=tokens, labels=tokens, use_cache=False).loss / len(micro_batches)
+        loss.backward()
+        total += loss.item()
+    run.losses.append(total)
+    if max_norm is not None:
+        run.norms.append(run.engine.clip_grad_norm_(run.model.parameters(), max_norm).item())
+    run.optimizer.step()
+    run.optimizer.zero_grad()
 
 
 def assert_same_bits(first: Run, second: Run) -> None:

@@ -546,4 +546,4 @@ def test_state_of_a_parameter_that_is_frozen_now_is_refused():
 def test_another_format_on_a_prepared_model_is_refused():
     run = prepare(tiny_llama(), config=config())
     with pytest.raises(StateError, match="optimizer_states=8bit and is now wanted with fp32"):
-        run.engine.check_settings(bf16=True, config=SlideConfig(), accumulates=False, overlap_is_exact=False)
+        run.engine.check_settings(bf16=True, config=SlideConfig(), micro_batches=1, overlap_is_exact=False)

@@ -149,4 +149,4 @@ def test_a_second_optimizer_starts_with_fresh_moments():
 def test_other_settings_on_a_prepared_model_are_refused():
     run = prepare(tiny_llama())
     with pytest.raises(StateError, match="accumulates=False and is now wanted with True"):
-        run.engine.check_settings(bf16=True, config=SlideConfig(), accumulates=True, overlap_is_exact=False)
+        run.engine.check_settings(bf16=True, config=SlideConfig(), micro_batches=2, overlap_is_exact=False)

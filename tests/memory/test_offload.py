@@ -38,7 +38,7 @@ def test_bits_come_back(offload, dtype):
     parked = [store.store("unit", tensor) for tensor in tensors]
     for one, tensor in reversed(list(zip(parked, tensors, strict=True))):
         assert torch.equal(store.take(one), tensor)
-    assert metrics.totals() == {key: 4 * tensors[0].nbytes for key in ("d2h_bytes", "h2d_bytes")}
+    assert metrics.totals() == dict.fromkeys(("d2h_bytes", "h2d_bytes"), 4 * tensors[0].nbytes)
 
 
 def test_slow_lanes_do_not_change_bits(offload):

@@ -1,4 +1,4 @@
-"""Plans by hand: bytes per tier, what schedules change, and what is said when it does not fit."""
+"""Plans by hand: bytes per tier, what schedules change, what is shown, and what is said when it does not fit."""
 
 import dataclasses
 import json
@@ -7,36 +7,42 @@ import pytest
 import torch
 
 from hf_slideformer.errors import PlanError
-from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, ParamSpec, lay_out
-from hf_slideformer.planner.plan import Budgets, check_budgets, make_plan
+from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
+from hf_slideformer.planner.memory import gpu_reserve_bytes
+from hf_slideformer.planner.plan import check_budgets, describe
+from hf_slideformer.planner.profile import ModelProfile, UnitProfile
+from hf_slideformer.planner.timeline import Prediction
+from hf_slideformer.planner.workload import Budgets, Decisions, Workload
 
-MIB = 2**20
-
-
-def _spec(name, numel, dtype=torch.bfloat16, *, trainable=True):
-    return ParamSpec(name, (numel,), dtype, dtype, dtype == torch.bfloat16, trainable)
-
+from .machines import GIB, MIB, spec
 
 # Two units, of 1 Mi and 2 Mi parameters, each with half of them frozen in fp32; a head and a frozen embedding.
-LAYOUTS = [
-    lay_out([_spec("w", size * MIB // 2), _spec("f", size * MIB // 2, torch.float32, trainable=False)])
+LAYOUTS = tuple(
+    lay_out([spec("w", size * MIB // 2), spec("f", size * MIB // 2, dtype=torch.float32, trainable=False)])
     for size in (1, 2)
-]
-RESIDENT = [_spec("head", MIB), _spec("embedding", MIB // 2, torch.float32, trainable=False)]
+)
+OUTSIDE = (spec("head", MIB), spec("embedding", MIB // 2, dtype=torch.float32, trainable=False))
+
+# Inputs of 1 MiB, 6 MiB saved in a unit, 3 MiB in forward, 5 MiB in backward; 2 MiB held, 4 MiB for the loss.
+PROFILE = ModelProfile(
+    batch_size=2,
+    seq_len=16,
+    units=(UnitProfile(MIB, 6 * MIB, 3 * MIB, 5 * MIB, 1e9, 1e6, 0.75),) * 2,
+    held_bytes=2 * MIB,
+    loss_bytes=4 * MIB,
+    loss_flops=1e9,
+    loss_traffic=1e6,
+)
 
 
-def _plan(**overrides):
-    settings = {
-        "layouts": LAYOUTS,
-        "resident": RESIDENT,
-        "slots": 3,
-        "training": True,
-        "overlapped": False,
-        "fp32_sums": False,
-        "staging_buffers": 0,
-        "on_gpu": True,
-    }
-    return make_plan(**(settings | overrides))
+def _workload(**overrides):
+    return Workload(**({"layouts": LAYOUTS, "outside": OUTSIDE} | overrides))
+
+
+def _plan(decisions=None, budgets=None, notes=(), prediction=None, **overrides):
+    workload = _workload(**overrides)
+    decisions = decisions or Decisions.streamed(workload)
+    return describe(workload, decisions, budgets=budgets, notes=notes, prediction=prediction)
 
 
 def _mib(plan):
@@ -45,41 +51,47 @@ def _mib(plan):
 
 
 DEFERRED = {
-    "slots": 3 * (2 + 4),
+    "slots": 3 * (2 + 4) - (2 + 4),  # two units take turns in two slots
     "resident weights": 2 + 2,
     "resident master residuals": 2,
     "resident moments": 8,
     "resident gradients": 2,
-    "gradients on their way": 3 * 2,
+    "gradients on their way": 1 + 2,
     "weights": (1 + 2) + (2 + 4),
     "master residuals": 1 + 2,
     "moments": 4 + 8,
     "gradients": 1 + 2,
 }
+GPU = (12 + 4 + 2 + 8 + 2 + 3) * MIB
+RAM = (9 + 3 + 12 + 3) * MIB
 
 
 def test_deferred():
     plan = _plan()
     assert _mib(plan) == DEFERRED
-    assert plan.update == "deferred"
-    assert plan.tier_bytes("GPU") == (18 + 4 + 2 + 8 + 2 + 6) * MIB
-    assert plan.tier_bytes("RAM") == (9 + 3 + 12 + 3) * MIB
+    assert plan.update == "deferred" and plan.peak_at == "backward of unit 0"
+    assert (plan.tier_bytes("GPU"), plan.tier_bytes("RAM")) == (GPU, RAM)
     assert plan.pinned_bytes == (9 + 3) * MIB  # what the GPU reads and writes, nothing else
-    assert (plan.units, plan.slots) == (2, 3)
+    assert (plan.units, plan.slots) == (2, 2)
     assert (plan.host_params, plan.resident_params) == (3 * MIB, 3 * MIB // 2)
 
 
 def test_overlapped_keeps_no_gradients():
-    plan = _plan(overlapped=True, staging_buffers=2)
+    plan = _plan(overlapped=True)
     expected = {key: value for key, value in DEFERRED.items() if key != "gradients"}
-    assert _mib(plan) == expected | {"gradient staging": 2 * 2}
-    assert plan.update == "overlapped"
+    # At the first backward the last step's two are still on their way.
+    assert _mib(plan) == expected | {"gradient staging": 2 * 2, "gradients on their way": 1 + 2 + 2}
+    assert plan.update == "overlapped" and plan.peak_at == "backward of unit 1"
     assert plan.pinned_bytes == (9 + 4) * MIB
 
 
 def test_accumulation_sums_in_fp32():
-    plan = _plan(fp32_sums=True, staging_buffers=3)
-    assert _mib(plan) == DEFERRED | {"resident gradients": 4, "gradients": 2 + 4, "gradient staging": 3 * 2}
+    plan = _plan(micro_batches=4)
+    # The head's sum of 4 MiB, and the next micro-batch's gradient in bf16 before it is added.
+    at_loss = {"resident gradients": 4 + 2, "gradients on their way": 0}
+    in_backward = {"resident gradients": 4, "gradients on their way": 3}
+    assert sum(in_backward.values()) > sum(at_loss.values())
+    assert _mib(plan) == DEFERRED | in_backward | {"gradients": 2 + 4, "gradient staging": 3 * 2}
     assert plan.pinned_bytes == (9 + 6) * MIB  # sums are made by the CPU
 
 
@@ -87,29 +99,77 @@ def test_8bit_moments():
     plan = _plan(moments=EIGHT_BIT_MOMENTS)
     # A byte for each of the two, and two fp32 scales for every 128 elements.
     assert _mib(plan) == DEFERRED | {"resident moments": 2.0625, "moments": 1.5 * 2.0625}
-    assert plan.moments == "8bit" and plan.alternatives == ()
+    assert plan.moments == "8bit"
     assert "updates: deferred; 8-bit moments" in str(plan)
     assert "8-bit" not in str(_plan())
 
 
 def test_the_last_block_of_a_resident_parameter_has_scales_too():
-    plan = _plan(resident=[_spec("a", 129), _spec("b", 1)], moments=EIGHT_BIT_MOMENTS)
-    assert {item.what: item.nbytes for item in plan.items}["resident moments"] == 2 * 130 + 8 * 3
+    outside = (spec("a", 129), spec("b", 1))
+    for on_gpu, expected in (
+        (False, 2 * 130 + 8 * 3),
+        (True, 8 * 512),
+    ):  # a CUDA allocation is 512 bytes at least
+        plan = _plan(outside=outside, moments=EIGHT_BIT_MOMENTS, on_gpu=on_gpu)
+        assert {item.what: item.nbytes for item in plan.items}["resident moments"] == expected
 
 
-def test_what_8bit_moments_would_need_is_what_they_need():
-    plan, smaller = _plan(), _plan(moments=EIGHT_BIT_MOMENTS)
-    (other,) = plan.alternatives
-    assert other.setting == "optimizer_states='8bit'"
-    assert (other.gpu_bytes, other.ram_bytes) == (smaller.tier_bytes("GPU"), smaller.tier_bytes("RAM"))
+def test_a_resident_unit_has_all_its_state_on_the_gpu():
+    workload = _workload()
+    plan = _plan(Decisions.of(workload, resident=1))
+    assert _mib(plan) == {
+        "slots": 2 * (2 + 4),
+        "resident weights": 4 + (1 + 2),
+        "resident master residuals": 2 + 1,
+        "resident moments": 8 + 4,
+        "resident gradients": 2 + 1,
+        "gradients on their way": 2,
+        "weights": 2 + 4,
+        "master residuals": 2,
+        "moments": 8,
+        "gradients": 2,
+    }
+    assert (plan.units, plan.host_params) == (1, 2 * MIB)
+    everything = _plan(Decisions.of(workload, resident=2))
+    assert everything.tier_bytes("RAM") == 0 and "slots" not in _mib(everything)
+    assert str(everything).startswith("nothing streams; 2 units stay on the GPU;")
+
+
+def test_state_outside_of_units_in_ram():
+    plan = _plan(Decisions.of(_workload(), outside_state="RAM"))
+    moved = {"resident master residuals", "resident moments"}
+    assert _mib(plan) == {key: value for key, value in DEFERRED.items() if key not in moved} | {
+        "weights and gradients outside of units": 2 + 2,  # of the head; the embedding is frozen
+        "optimizer state outside of units": 2 + 8,
+    }
+    assert plan.pinned_bytes == (9 + 3 + 4) * MIB
+
+
+def test_activations_are_part_of_the_plan_where_they_are_known():
+    plan = _plan(profile=PROFILE)
+    assert plan.peak_at == "backward of unit 1"
+    assert _mib(plan) == DEFERRED | {
+        "gradients on their way": 2,
+        "held outside of units": 2,
+        "cuBLAS workspaces": 64,
+        "inputs of units": 2,
+        "activations of one unit": 6,
+        "temporary memory of kernels": 5,
+    }
+    assert "come on top" not in str(plan) and "come on top" in str(_plan())
+
+
+def test_offloaded_inputs_are_in_pinned_ram():
+    plan = _plan(Decisions.streamed(_workload(), activations="offload"), profile=PROFILE)
+    in_ram = {item.what: item for item in plan.items if item.tier == "RAM"}
+    assert in_ram["inputs of units"].nbytes == 2 * MIB and in_ram["inputs of units"].pinned
 
 
 def test_evaluation_needs_weights_only():
-    plan = _plan(training=False)
-    assert plan.moments == "none" and plan.alternatives == ()
+    plan = _plan(training=False, profile=PROFILE)
+    assert plan.moments == "none" and plan.update == "none"
     names = ("slots", "resident weights", "resident master residuals", "weights", "master residuals")
     assert _mib(plan) == {name: DEFERRED[name] for name in names}
-    assert plan.update == "none"
 
 
 def test_nothing_is_pinned_without_a_gpu():
@@ -117,77 +177,104 @@ def test_nothing_is_pinned_without_a_gpu():
 
 
 def test_what_fits_exactly_fits():
-    plan = _plan()
-    check_budgets(plan, Budgets(gpu=40 * MIB, ram=27 * MIB))
+    check_budgets(_plan(), Budgets(gpu=GPU, ram=RAM))
 
 
 def test_too_little_ram_names_numbers_and_remedies():
     with pytest.raises(PlanError) as caught:
-        check_budgets(_plan(), Budgets(gpu=40 * MIB, ram=27 * MIB - 1))
-    message = str(caught.value)
-    assert message.startswith(
+        check_budgets(_plan(), Budgets(gpu=GPU, ram=RAM - 1), ["Pray."])
+    assert str(caught.value) == (
         "The plan needs 27.00 MiB of RAM (weights 9.00 MiB, master residuals 3.00 MiB, moments 12.00 MiB, "
-        "gradients 3.00 MiB); 27.00 MiB may be used."
+        "gradients 3.00 MiB); 27.00 MiB may be used. Raise cpu_memory or free some, freeze some layers, or use a "
+        "smaller model. Pray."
     )
-    assert "raise cpu_memory" in message.lower()
-    assert "max_grad_norm=0" in message and "saves 3.00 MiB" in message
-    assert "With optimizer_states='8bit' it needs 18.09 MiB of RAM, which fits." in message
-
-
-def test_8bit_moments_are_not_said_to_fit_where_they_do_not():
-    with pytest.raises(
-        PlanError, match=r"With optimizer_states='8bit' it needs 18\.09 MiB of RAM\."
-    ) as caught:
-        check_budgets(_plan(), Budgets(gpu=40 * MIB, ram=MIB))
-    assert "which fits" not in str(caught.value)
-
-
-def test_8bit_moments_are_not_advised_where_they_are_used_or_save_nothing():
-    frozen = [lay_out([_spec("f", MIB, trainable=False)])]
-    for plan in (_plan(moments=EIGHT_BIT_MOMENTS), _plan(layouts=frozen), _plan(training=False)):
-        with pytest.raises(PlanError, match="of RAM") as caught:
-            check_budgets(plan, Budgets(gpu=10**12, ram=1))
-        assert "8bit" not in str(caught.value)
-
-
-def test_overlapping_is_not_advised_where_it_is_used_already():
-    with pytest.raises(PlanError, match="cpu_memory") as caught:
-        check_budgets(_plan(overlapped=True, staging_buffers=2), Budgets(gpu=40 * MIB, ram=MIB))
-    assert "max_grad_norm" not in str(caught.value)
 
 
 def test_too_little_gpu_memory():
     with pytest.raises(
-        PlanError, match=r"needs 40\.00 MiB of GPU \(slots 18\.00 MiB, .* gpu_memory"
+        PlanError, match=r"needs 31\.00 MiB of GPU \(slots 12\.00 MiB, .* gpu_memory"
     ) as caught:
-        check_budgets(_plan(), Budgets(gpu=39 * MIB, ram=10**12))
-    assert "39.00 MiB may be used" in str(caught.value)
-    assert "With optimizer_states='8bit' it needs 34.06 MiB of GPU, which fits." in str(caught.value)
+        check_budgets(_plan(), Budgets(gpu=30 * MIB, ram=10**12))
+    assert "30.00 MiB may be used. Raise" in str(caught.value)
+
+
+def test_the_reserve_is_kept_free():
+    workload = _workload(profile=PROFILE)
+    needed = _plan(profile=PROFILE).tier_bytes("GPU")
+    budgets = Budgets(gpu=int(needed / 0.95), ram=GIB)
+    assert gpu_reserve_bytes(workload, budgets.gpu) == int(0.1 * budgets.gpu)
+    with pytest.raises(PlanError, match=r"and 11\.47 MiB more stay free for fragmentation"):
+        check_budgets(_plan(profile=PROFILE, budgets=budgets), budgets)
+    assert gpu_reserve_bytes(workload, 80 * GIB) == int(0.03 * 80 * GIB + GIB / 2)
+    assert gpu_reserve_bytes(_workload(), 80 * GIB) == 0  # nothing is known of activations
+    assert gpu_reserve_bytes(_workload(profile=PROFILE, on_gpu=False), 80 * GIB) == 0
 
 
 def test_ram_stands_in_for_a_missing_gpu():
     plan = _plan(on_gpu=False)
-    check_budgets(plan, Budgets(gpu=40 * MIB, ram=67 * MIB))
-    with pytest.raises(
-        PlanError, match=r"needs 67\.00 MiB of RAM .*stand-in for the GPU 40\.00 MiB"
-    ) as caught:
-        check_budgets(plan, Budgets(gpu=40 * MIB, ram=67 * MIB - 1))
-    assert "With optimizer_states='8bit' it needs 52.16 MiB of RAM, which fits." in str(caught.value)
+    check_budgets(plan, Budgets(gpu=GPU, ram=RAM + GPU))
+    with pytest.raises(PlanError, match=r"needs 58\.00 MiB of RAM .*stand-in for the GPU 31\.00 MiB"):
+        check_budgets(plan, Budgets(gpu=GPU, ram=RAM + GPU - 1))
+
+
+def test_what_is_left():
+    budgets = Budgets(gpu=40 * MIB, ram=60 * MIB)
+    plan = _plan(budgets=budgets)
+    assert plan.left == {"GPU": 9 * MIB, "RAM": 33 * MIB}
+    assert "31.00 MiB, 9.00 MiB left" in str(plan)
+    assert _plan(budgets=budgets, on_gpu=False).left == {"GPU": 9 * MIB, "RAM": 2 * MIB}
+    assert _plan().left == {}
+
+
+def test_peaks_of_all_phases():
+    source = (spec("w", MIB, source=torch.float32),)
+    plan = _plan(layouts=(lay_out(source), lay_out(source)), outside=source, budgets=Budgets(GIB, 25 * MIB))
+    train = plan.tier_bytes("RAM")
+    assert train == 2 * (2 + 2 + 8 + 2) * MIB
+    assert {phase: peak["RAM"] for phase, peak in plan.peaks.items()} == {
+        "load": (3 * 4 + 4) * MIB,  # all as it came, and one unit's new weights and residual
+        "train": train,
+        "save": train + 3 * 4 * MIB,  # all parameters joined in fp32
+        "resume": train + 3 * 10 * MIB,  # a second residual and moments of every parameter
+    }
+    assert plan.peaks["load"]["GPU"] == (2 * 2 + 2 + 2) * MIB
+    assert plan.peaks["train"]["GPU"] == plan.tier_bytes("GPU")
+    assert any("to resume needs 58.00 MiB of RAM" in note and "33.00 MiB more" in note for note in plan.notes)
+
+
+def test_bf16_weights_are_saved_as_they_are():
+    peaks = _plan().peaks
+    assert peaks["save"]["RAM"] == peaks["train"]["RAM"]
 
 
 def test_text_shows_every_item():
     plan = _plan(notes=["something to know"])
     text = str(plan)
     for item in plan.items:
-        assert (item.what in text) == bool(item.nbytes)
+        assert (f"    {item.what} " in text) == bool(item.nbytes)
     assert "weights (pinned)" in text and "updates: deferred" in text
     assert "note: something to know" in text
     assert "stands in" not in text
     assert "stands in" in str(dataclasses.replace(plan, device="CPU"))
 
 
+def test_headline():
+    workload = _workload(profile=PROFILE)
+    plan = describe(workload, Decisions.of(workload, resident=1, kept=1, rest="offload"))
+    assert str(plan).splitlines()[0] == (
+        "1 unit (2.1 M parameters) streams through 2 slots; 1 unit stays on the GPU; 2.6 M parameters are resident; "
+        "activations kept in 1 unit, recomputed in 1 unit, inputs of 1 unit in RAM; updates: deferred"
+    )
+
+
 def test_as_dict_is_plain_data():
-    restored = json.loads(json.dumps(_plan().as_dict()))
+    prediction = Prediction(0.5, 64.0, "PCIe", {"PCIe": 0.4}, {"PCIe": 0.1})
+    plan = _plan(profile=PROFILE, budgets=Budgets(gpu=GIB, ram=GIB), prediction=prediction, notes=["a note"])
+    restored = json.loads(json.dumps(plan.as_dict()))
     assert (restored["update"], restored["moments"]) == ("deferred", "fp32")
-    assert [other["setting"] for other in restored["alternatives"]] == ["optimizer_states='8bit'"]
-    assert sum(item["nbytes"] for item in restored["items"] if item["tier"] == "RAM") == 27 * MIB
+    assert sum(item["nbytes"] for item in restored["items"] if item["tier"] == "RAM") == RAM
+    assert restored["decisions"]["activations"] == ["recompute", "recompute"]
+    assert restored["prediction"]["bound_by"] == "PCIe"
+    assert restored["left"]["RAM"] == GIB - RAM
+    assert (restored["batch_size"], restored["seq_len"]) == (2, 16)
+    assert "predicted: 64 tokens/s, 0.50 s a step, bound by PCIe" in str(plan)

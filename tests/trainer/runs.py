@@ -195,7 +195,7 @@ def slide_loop(
         device=torch.device("cpu"),
         bf16=bf16,
         config=SlideConfig(update=update),
-        accumulates=accumulates,
+        micro_batches=2 if accumulates else 1,
         delays=delays,
     )
     optimizer = SlideAdamW(_groups(model), lr=lr)

@@ -152,8 +152,8 @@ def test_fp16_weights(tmp_path):
 
 
 BUDGETS = {
-    "cpu_memory": ("1MiB", "RAM", "1.00 MiB may be used", "cpu_memory"),
-    "gpu_memory": ("1KiB", "GPU", "0.00 MiB may be used", "gpu_memory"),
+    "cpu_memory": ("1MiB", "moments", "RAM", "1.00 MiB may be used", "cpu_memory"),
+    "gpu_memory": ("0.5MiB", "inputs of units", "GPU", "0.50 MiB may be used", "gpu_memory"),
 }
 
 
@@ -161,7 +161,7 @@ BUDGETS = {
 def test_budgets(tmp_path, name):
     size, *fragments = BUDGETS[name]
     model = runs.llama(hidden_size=128)
-    with refused(model, PlanError, "The plan needs", "moments", *fragments):
+    with refused(model, PlanError, "The plan needs", *fragments):
         runs.make(SlideTrainer, model, tmp_path, trainer_kwargs={"slide_config": {name: size}})
 
 
@@ -177,7 +177,8 @@ SETTINGS = {
     "unknown": ({"gpu_memroy": "24GiB"}, "'gpu_memroy'", "did you mean 'gpu_memory'"),
     "choice": ({"placement": "everywhere"}, "'everywhere'", "'stream'"),
     "states": ({"optimizer_states": "4bit"}, "'4bit'", "'fp32', '8bit'"),
-    "keep": ({"activations": "keep"}, "not available yet", "activations='recompute'"),
+    "activations": ({"activations": "drop"}, "'drop'", "'keep', 'recompute', 'offload'"),
+    "seq_len": ({"seq_len": 0}, "seq_len must be a positive integer", "got 0"),
     "vertical": ({"accumulation": "vertical"}, "not available yet", "accumulation='horizontal'"),
     "nvme": ({"nvme_dir": "/nowhere"}, "not available yet", "remove nvme_dir"),
     "overlapped_clipping": ({"update": "overlapped"}, "max_grad_norm=1.0", "use update='auto'"),

@@ -1,0 +1,508 @@
+"""The `slideformer` command. Each subcommand is a function that parses, one that runs, and what it prints.
+
+Exit codes: 0 done; 1 it failed; 2 the arguments cannot be used; 3 the model does not fit. Errors are one line on
+stderr. What a subcommand needs is imported when it runs, so that `--help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import SlideConfig, parse_bytes
+from .errors import ConfigError, PlanError, SlideFormerError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .hardware import Hardware
+    from .planner.disk import DiskShare
+    from .planner.plan import Plan
+    from .planner.workload import Budgets
+
+EXIT_OK, EXIT_FAILED, EXIT_BAD_ARGUMENTS, EXIT_DOES_NOT_FIT = 0, 1, 2, 3
+
+# What `slideformer plan` takes for the longest sequence if nothing else is said and the model can take as much.
+DEFAULT_SEQ_LEN = 4096
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: without the program's name; None takes those of this process.
+
+    Returns:
+        The exit code. Arguments that argparse refuses, and `--help`, end the process as argparse does.
+    """
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ConfigError, UnsupportedModelError) as error:
+        return _failed(error, EXIT_BAD_ARGUMENTS)
+    except (SlideFormerError, OSError) as error:
+        return _failed(error, EXIT_FAILED)
+    except KeyboardInterrupt:
+        return 130  # what shells report for SIGINT
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands; each sets `run`, which takes the options and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="slideformer",
+        description="Full-parameter fine-tuning of models whose training state is larger than the GPU.",
+    )
+    subcommands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+    _add_plan(subcommands)
+    _add_probe(subcommands)
+    return parser
+
+
+def _failed(error: Exception, code: int) -> int:
+    print(f"slideformer: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+# -- slideformer plan --------------------------------------------------------------------------------------------------
+
+
+def _add_plan(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "plan",
+        help="say whether a model fits, where everything would live, and how fast it would train",
+        description="Plan the training of a model from its configuration alone: no weights are loaded, nothing runs on "
+        "a GPU. Exit code 3 if it does not fit.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory, a config.json, or a hub id")
+    parser.add_argument(
+        "--seq-len",
+        metavar="N",
+        help=f"tokens of the longest sequence (default: {DEFAULT_SEQ_LEN}, or what the model can take if less)",
+    )
+    parser.add_argument(
+        "--batch-size", metavar="N", default="1", help="sequences of a micro-batch (default: 1)"
+    )
+    parser.add_argument("--grad-accum", metavar="N", default="1", help="micro-batches of a step (default: 1)")
+    parser.add_argument(
+        "--max-grad-norm", metavar="X", default="1.0", help="0 for no clipping (default: 1.0)"
+    )
+    machine = parser.add_argument_group("the machine (default: this one)")
+    machine.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="a preset such as rtx4090-128gb, or a file that `slideformer probe` wrote",
+    )
+    machine.add_argument("--gpu", metavar="SIZE", help="GPU memory that may be used, such as 24GiB")
+    machine.add_argument("--ram", metavar="SIZE", help="RAM that may be used")
+    machine.add_argument(
+        "--nvme",
+        metavar="SIZE",
+        help="disk for state; not available yet, but the answer says what would lie there",
+    )
+    settings = parser.add_argument_group("settings, as in SlideConfig")
+    settings.add_argument(
+        "--optimizer-states",
+        metavar="fp32|8bit",
+        default="fp32",
+        help="format of AdamW's moments (default: fp32)",
+    )
+    settings.add_argument("--placement", metavar="auto|stream", default="auto", help="default: auto")
+    settings.add_argument(
+        "--activations", metavar="auto|keep|recompute|offload", default="auto", help="default: auto"
+    )
+    settings.add_argument(
+        "--dtype", metavar="bf16|fp32", default="bf16", help="of the weights and of computing (default: bf16)"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    wanted = _Training.of(options)
+    import torch
+    import transformers
+
+    from .engine.batch_shape import BatchShape
+    from .engine.blueprint import Blueprint
+    from .engine.model_source import load_config, max_positions, model_without_data
+    from .engine.planning import plan_for, profiler
+    from .planner.disk import share_with_disk
+
+    transformers.logging.set_verbosity_error()
+    hardware, budgets, notes = _machine(options)
+    trust = options.trust_remote_code
+    config = load_config(options.model, trust_remote_code=trust)
+    bf16 = wanted.dtype == "bf16"
+    model = model_without_data(
+        config, dtype=torch.bfloat16 if bf16 else torch.float32, trust_remote_code=trust
+    )
+    longest = max_positions(config)
+    seq_len = wanted.settings.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+    given = "--seq-len says" if wanted.settings.seq_len else "this command takes it without --seq-len"
+    shape = BatchShape(wanted.batch_size, seq_len, f"sequences of up to {seq_len:,} tokens, as {given}")
+    if longest is not None and seq_len > longest:
+        notes.append(f"the model says that it takes {longest:,} tokens at most; the plan is for {seq_len:,}")
+    if getattr(config, "quantization_config", None) is not None:
+        notes.append(f"the checkpoint is quantized; this plan is for its weights loaded in {wanted.dtype}")
+    device = torch.device("cuda" if hardware.gpu else "cpu")
+    blueprint = Blueprint.of(
+        model,
+        bf16=bf16,
+        config=wanted.settings,
+        micro_batches=wanted.micro_batches,
+        overlap_is_exact=wanted.max_grad_norm == 0 and wanted.micro_batches == 1,
+        on_gpu=hardware.gpu is not None,
+    )
+    about = _About(options.model, model, hardware, wanted, shape.seq_len)
+    wishes = {"placement": wanted.settings.placement, "activations": wanted.settings.activations}
+    try:
+        planned = plan_for(
+            model,
+            blueprint,
+            device=device,
+            bf16=bf16,
+            config=wanted.settings,
+            shape=shape,
+            hardware=hardware,
+            budgets=budgets,
+        )
+    except PlanError as error:
+        share = None
+        if hardware.gpu and options.nvme is not None:
+            profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=seq_len)
+            workload = blueprint.workload(profile_for(wanted.batch_size), training=True)
+            share = share_with_disk(workload, budgets, **wishes)
+        return _refuse(about, error, share, asked=options.nvme is not None, as_json=options.json)
+    plan = replace(planned.plan, notes=(*planned.plan.notes, *notes))
+    advice = _advice(planned, hardware, budgets, wishes)
+    if options.json:
+        print(json.dumps({"fits": True, **about.as_dict(), **plan.as_dict(), "advice": advice}, indent=2))
+    else:
+        print("\n".join([*about.lines(), plan_report(plan), *(f"  advice: {line}" for line in advice)]))
+    return EXIT_OK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Training:
+    """What `slideformer plan` is asked to plan, checked before anything is loaded."""
+
+    settings: SlideConfig
+    batch_size: int
+    micro_batches: int
+    max_grad_norm: float
+    dtype: str
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> _Training:
+        for name in ("gpu", "ram", "nvme"):
+            size = getattr(options, name)
+            if size is not None:
+                setattr(options, name, _size(f"--{name}", size))
+        if options.dtype not in ("bf16", "fp32"):
+            raise ConfigError(f"--dtype must be bf16 or fp32, got {options.dtype!r}")
+        settings = SlideConfig(
+            gpu_memory=options.gpu,
+            cpu_memory=options.ram,
+            placement=options.placement,
+            activations=options.activations,
+            optimizer_states=options.optimizer_states,
+            seq_len=None if options.seq_len is None else _count("--seq-len", options.seq_len),
+        )
+        return cls(
+            settings=settings,
+            batch_size=_count("--batch-size", options.batch_size),
+            micro_batches=_count("--grad-accum", options.grad_accum),
+            max_grad_norm=_norm(options.max_grad_norm),
+            dtype=options.dtype,
+        )
+
+
+def _size(flag: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error}") from None
+
+
+def _count(flag: str, text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ConfigError(f"{flag} must be a positive whole number, got {text!r}")
+    return value
+
+
+def _norm(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value >= 0:
+        raise ConfigError(f"--max-grad-norm must be a number, 0 for no clipping, got {text!r}")
+    return value
+
+
+def _machine(options: argparse.Namespace) -> tuple[Hardware, Budgets, list[str]]:
+    """The machine with the sizes that were asked for, what may be used of it, and what to say about it."""
+    import torch
+
+    from .engine.planning import find_budgets
+    from .planner.workload import Budgets
+    from .probe import hardware_of_this_machine, named_hardware
+
+    notes = []
+    if options.hardware is not None:
+        hardware = named_hardware(options.hardware)
+        there = Budgets(gpu=hardware.gpu_bytes, ram=hardware.ram_bytes)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hardware = hardware_of_this_machine(device)
+        there = find_budgets(SlideConfig(), device)
+        for flag, size, free in (
+            ("--gpu", options.gpu if hardware.gpu else None, there.gpu),
+            ("--ram", options.ram, there.ram),
+        ):
+            if size is not None and size > free:
+                notes.append(f"{flag} is more than the {_gib(free)} that are free on this machine")
+    ram = options.ram or there.ram
+    # Without a GPU, RAM stands in for it.
+    gpu = options.gpu or (there.gpu if hardware.gpu else ram)
+    sizes = {"gpu_bytes": gpu, "ram_bytes": ram}
+    if options.nvme is not None:
+        sizes["disk_bytes"] = options.nvme
+    return replace(hardware, **sizes), Budgets(gpu=gpu, ram=ram), notes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _About:
+    """What was planned: the model, the machine and the training."""
+
+    source: str
+    model: nn.Module
+    hardware: Hardware
+    training: _Training
+    seq_len: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(param.numel() for param in self.model.parameters())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            "model": {
+                "source": self.source,
+                "class": type(self.model).__name__,
+                "parameters": self.parameters,
+                "dtype": self.training.dtype,
+            },
+            "hardware": self.hardware.as_dict(),
+        }
+
+    def lines(self) -> list[str]:
+        """The headline, and what it was planned for."""
+        hardware, training = self.hardware, self.training
+        memory = f"{_gib(hardware.ram_bytes)} of RAM"
+        if hardware.gpu:
+            memory = f"{_gib(hardware.gpu_bytes)} of GPU memory, {memory}"
+        micro_batches = (
+            f", {training.micro_batches} micro-batches a step" if training.micro_batches > 1 else ""
+        )
+        clipping = f"clipping at {training.max_grad_norm:g}" if training.max_grad_norm else "no clipping"
+        return [
+            f"{self.source} ({type(self.model).__name__}, {self.parameters / 1e9:,.2f} B parameters, {training.dtype}) "
+            f"on {hardware.name} ({hardware.source})",
+            f"  {memory}; micro-batches of {training.batch_size:,} x {self.seq_len:,} tokens{micro_batches}; {clipping}; "
+            f"{training.settings.optimizer_states} moments",
+        ]
+
+
+def plan_report(plan: Plan) -> str:
+    """A plan as lines for people: what each tier holds, the peaks of all phases, the prediction, notes."""
+    from .planner.plan import format_bytes
+    from .planner.timeline import COMPUTE
+
+    lines = [str(replace(plan, notes=(), prediction=None))]
+    lines.append(f"  {'peaks':<34} {'GPU':>15} {'RAM':>15}")
+    for phase, peak in plan.peaks.items():
+        lines.append(f"    {phase:<32} {format_bytes(peak['GPU']):>15} {format_bytes(peak['RAM']):>15}")
+    if plan.prediction is not None:
+        told = plan.prediction
+        lines.append(
+            f"  predicted: {told.tokens_per_s:,.0f} tokens/s, {told.step_s:.2f} s a step, bound by {told.bound_by}"
+        )
+        waits = [
+            f"{seconds:.2f} s for {resource}"
+            for resource, seconds in sorted(told.waits_s.items(), key=lambda entry: -entry[1])
+            if seconds >= 0.005
+        ]
+        waiting = f"; in a step it waits {', '.join(waits)}" if waits else ""
+        lines.append(f"    the GPU computes {told.busy_s[COMPUTE]:.2f} s{waiting}")
+    lines += [f"  note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _advice(planned: Any, hardware: Hardware, budgets: Budgets, wishes: dict[str, str]) -> list[str]:
+    """What would be faster; each was tried."""
+    from .planner.solve import advise
+
+    if planned.profile is None:
+        return [
+            "this machine has no GPU, so nothing is said of time; --hardware plans for one that has "
+            "(rtx4090-128gb, h100, ...)"
+        ]
+    return list(advise(planned.workload, hardware, budgets, profile_for=planned.profile_for, **wishes))
+
+
+def _refuse(about: _About, error: PlanError, share: DiskShare | None, *, asked: bool, as_json: bool) -> int:
+    """Say that it does not fit, and what a disk would have to hold if that was asked."""
+    message = " ".join(str(error).split())
+    if as_json:
+        disk = {"disk": None if share is None else asdict(share)} if asked else {}
+        print(json.dumps({"fits": False, **about.as_dict(), "error": message, **disk}, indent=2))
+        return EXIT_DOES_NOT_FIT
+    lines = [*about.lines(), "It does not fit."]
+    lines += [f"  {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", message)]
+    if asked:
+        lines += _disk_lines(about.hardware, share)
+    print("\n".join(lines))
+    return EXIT_DOES_NOT_FIT
+
+
+def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
+    if share is None:
+        return [
+            "With state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
+        ]
+    assert hardware.disk_bytes is not None, "given by --nvme"
+    enough = "which is enough" if share.disk_bytes <= hardware.disk_bytes else "which is not enough"
+    units = share.resident + share.in_ram + share.on_disk
+    lines = [
+        "With state on disk (not available yet) it would lie",
+        f"  {'on the GPU':<12} {_gib(share.gpu_bytes):>14} of {_gib(hardware.gpu_bytes)}, {share.resident} of {units} "
+        "units with all their state",
+        f"  {'in RAM':<12} {_gib(share.ram_bytes):>14} of {_gib(hardware.ram_bytes)}, the state of {share.in_ram} units",
+        f"  {'on disk':<12} {_gib(share.disk_bytes):>14} of {_gib(hardware.disk_bytes)}, {enough}; the state of "
+        f"{share.on_disk} units",
+    ]
+    if hardware.disk_read and hardware.disk_write:
+        read, write = share.seconds(hardware.disk_read, hardware.disk_write)
+        lines.append(
+            f"  a step would read and write all of that at least once: {read:,.0f} s reading at "
+            f"{_rate(hardware.disk_read, 'GB/s')} and {write:,.0f} s writing at {_rate(hardware.disk_write, 'GB/s')} "
+            f"({hardware.source})"
+        )
+    return lines
+
+
+# -- slideformer probe -------------------------------------------------------------------------------------------------
+
+
+def _add_probe(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "probe",
+        help="measure this machine",
+        description="Measure in seconds what this machine can do: links, memory, updates, matrix products, disk. The "
+        "result is kept and used for plans. Nothing else should run meanwhile.",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--dir", metavar="DIR", help="measure the disk under this directory too (up to 1 GiB is written)"
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the JSON to this file as well")
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument("--refresh", action="store_true", help="measure again even if a measurement was kept")
+    cache.add_argument("--no-cache", action="store_true", help="measure, and neither read nor keep a result")
+    parser.set_defaults(run=_probe)
+
+
+def _probe(options: argparse.Namespace) -> int:
+    import torch
+
+    from .hardware import cache_hardware, cached_hardware
+    from .probe import probe
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = None
+    if not options.refresh and not options.no_cache:
+        kept = cached_hardware(device, options.dir)
+        if kept is not None and options.dir is not None and kept.disk_read is None:
+            kept = None  # that disk was not measured
+    if kept is not None:
+        print("Measured earlier; --refresh measures again.", file=sys.stderr)
+        hardware = kept
+    else:
+        print("Measuring for some seconds ...", file=sys.stderr)
+        hardware = probe(device, options.dir)
+        if not options.no_cache and cache_hardware(hardware, device, options.dir) is None:
+            print("The result could not be kept in the user's cache directory.", file=sys.stderr)
+    description = json.dumps(hardware.as_dict(), indent=2)
+    if options.output is not None:
+        Path(options.output).write_text(description + "\n", encoding="utf-8")
+    print(description if options.json else hardware_table(hardware))
+    return EXIT_OK
+
+
+def hardware_table(hardware: Hardware) -> str:
+    """What a machine can do, as lines for people: GiB of memory, and rates with decimal units."""
+    there = "GPU" if hardware.gpu else "stand-in for a GPU"
+    rows = [
+        (
+            "GPU",
+            f"{hardware.gpu}, {_gib(hardware.gpu_bytes)}" if hardware.gpu else "none: RAM and cores stand in",
+        ),
+        ("RAM that may be used", _gib(hardware.ram_bytes)),
+        ("physical cores", str(hardware.cores)),
+        (f"RAM to {there}", _rate(hardware.h2d, "GB/s")),
+        (f"{there} to RAM", _rate(hardware.d2h, "GB/s")),
+        ("both at once, in all", _rate(hardware.duplex, "GB/s")),
+        ("copy in RAM, read and written", _rate(hardware.ram_copy, "GB/s")),
+    ]
+    if hardware.gpu:
+        rows.append(("copy in GPU memory, read and written", _rate(hardware.gpu_copy, "GB/s")))
+    for key, label in (("fp32", "fp32 moments"), ("8bit", "8-bit moments")):
+        loaded = _rate(hardware.cpu_adamw_loaded[key], "Gparam/s")
+        rows.append((f"AdamW on the CPU, {label}", _rate(hardware.cpu_adamw[key], "Gparam/s")))
+        rows.append(("  beside copies both ways", loaded))
+        if hardware.gpu:
+            rows.append((f"AdamW on the GPU, {label}", _rate(hardware.gpu_adamw[key], "Gparam/s")))
+    rows.append(("bf16 matrix products", _rate(hardware.bf16_flops, "TFLOP/s")))
+    rows.append(("fp32 matrix products", _rate(hardware.fp32_flops, "TFLOP/s")))
+    if hardware.disk_bytes is not None:
+        rows.append(("disk, free", _gib(hardware.disk_bytes)))
+    if hardware.disk_read is not None:
+        rows.append(("disk, reading", _rate(hardware.disk_read, "GB/s")))
+    if hardware.disk_write is not None:
+        rows.append(("disk, writing", _rate(hardware.disk_write, "GB/s")))
+    width = max(len(label) for label, _ in rows)
+    lines = [
+        f"{hardware.name} ({hardware.source})",
+        *(f"  {label:<{width}}  {value}" for label, value in rows),
+    ]
+    lines += [f"  note: {note}" for note in (*hardware.notes, *filter(None, [hardware.advice]))]
+    return "\n".join(lines)
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.1f} GiB"
+
+
+def _rate(value: float, unit: str) -> str:
+    """A rate with three figures or so, and more only before the decimal point."""
+    scaled = value / (1e12 if unit == "TFLOP/s" else 1e9)
+    decimals = 0 if scaled >= 100 else 1 if scaled >= 10 else 2 if scaled >= 1 else 3
+    return f"{scaled:,.{decimals}f} {unit}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""Planning for a real model on this machine: gathers what the planner needs to know and asks it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import SlideConfig, parse_bytes
+from ..hardware import Hardware, available_gpu_bytes, available_ram_bytes
+from ..planner.plan import Plan, check_budgets, describe
+from ..planner.profile import ModelProfile
+from ..planner.solve import solve
+from ..planner.workload import Budgets, Decisions, Workload
+from ..probe import hardware_of_this_machine
+from .batch_shape import BatchShape
+from .blueprint import Blueprint
+from .profile import profile_model
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan, and what is known of micro-batches behind it (None where nothing is).
+
+    `profile_for` gives the profile of another number of sequences.
+    """
+
+    plan: Plan
+    workload: Workload
+    profile_for: Callable[[int], ModelProfile] | None = None
+
+    @property
+    def profile(self) -> ModelProfile | None:
+        """Activations of one micro-batch."""
+        return self.workload.profile
+
+    def input_bytes(self, unit: int) -> int | None:
+        """Bytes of a unit's input that the plan counts on."""
+        return None if self.profile is None else self.profile.units[unit].boundary_bytes
+
+    def evaluating(self) -> Plan:
+        """The same placement without optimizer state."""
+        workload = replace(self.workload, training=False)
+        return describe(workload, self.plan.decisions, notes=self.plan.notes)
+
+
+def plan_for(
+    model: nn.Module,
+    blueprint: Blueprint,
+    *,
+    device: torch.device,
+    bf16: bool,
+    config: SlideConfig,
+    shape: BatchShape | None,
+    training: bool = True,
+    decisions: Decisions | None = None,
+    hardware: Hardware | None = None,
+    budgets: Budgets | None = None,
+) -> Planned:
+    """The plan of one model's training (or evaluation) on `device`.
+
+    Args:
+        model: not yet given to an engine; needs no data (meta device).
+        blueprint: its parts.
+        device: where units compute.
+        bf16: mixed precision.
+        config: the user's settings.
+        shape: what is known of micro-batches; None plans no activations, and then every unit streams.
+        training: whether there will be optimizer state and gradients.
+        decisions: use these instead of the planner's.
+        hardware: the machine that is planned for; None is this one.
+        budgets: bytes that may be used; None takes what the settings allow of what is there.
+
+    Raises:
+        PlanError: it does not fit, with numbers and remedies.
+    """
+    budgets = budgets or find_budgets(config, device, model)
+    hardware = hardware or hardware_of_this_machine(device)
+    placement, notes = config.placement, blueprint.notes(training=training)
+    # Without a GPU there is no memory to fill, unless the user says how much RAM stands in for it.
+    limited = device.type == "cuda" or config.gpu_memory is not None
+    if placement == "auto" and not limited:
+        placement = "stream"
+    if placement == "auto" and shape is None and training and decisions is None:
+        placement = "stream"
+        notes.append(
+            "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
+        )
+    profile_for = None
+    if training and shape is not None and limited:
+        profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len)
+        notes.append(f"planned for batch size {shape.batch_size:,}: {shape.source}")
+    profile = profile_for(shape.batch_size) if profile_for is not None and shape is not None else None
+    workload = blueprint.workload(profile, training=training)
+    if decisions is not None:
+        plan = describe(workload, decisions, budgets=budgets, notes=notes)
+        check_budgets(plan, budgets)
+        return Planned(plan, workload, profile_for)
+    plan = solve(
+        workload,
+        hardware,
+        budgets,
+        placement=placement,
+        activations=config.activations,
+        profile_for=profile_for,
+        notes=[*notes, *([hardware.advice] if profile is not None and hardware.advice else [])],
+    )
+    return Planned(plan, workload, profile_for)
+
+
+def profiler(
+    model: nn.Module, blueprint: Blueprint, *, device: torch.device, bf16: bool, seq_len: int
+) -> Callable[[int], ModelProfile]:
+    """The profile of a micro-batch by its number of sequences; arguments as for `plan_for`."""
+
+    @functools.cache
+    def profile_for(batch_size: int) -> ModelProfile:
+        return profile_model(
+            model,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            bf16=bf16,
+            fused_loss=blueprint.head.module is not None,
+            device_type=device.type,
+        )
+
+    return profile_for
+
+
+def find_budgets(config: SlideConfig, device: torch.device, model: nn.Module | None = None) -> Budgets:
+    """Bytes that may be used: what the user allows, at most what is there.
+
+    The weights of `model` give up their present place when they are moved, so that place counts as free.
+    """
+    ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
+    if model is not None:
+        own = {"cpu": 0, "cuda": 0}
+        for param in model.parameters():
+            own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
+        # Weights that are mapped from a file take no RAM that would come free.
+        ram += min(own["cpu"], _anonymous_bytes())
+        gpu = gpu + own["cuda"] if device.type == "cuda" else ram
+    return Budgets(
+        gpu=min(parse_bytes(config.gpu_memory or gpu), gpu),
+        ram=min(parse_bytes(config.cpu_memory or ram), ram),
+        pinned=parse_bytes(config.pinned_memory) if config.pinned_memory is not None else None,
+    )
+
+
+def _anonymous_bytes() -> int:
+    """RAM of this process that no file stands for; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0

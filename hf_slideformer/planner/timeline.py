@@ -1,0 +1,567 @@
+"""Time model: how long a training step takes on one machine, and what bounds it.
+
+A few steps are simulated with one clock for each thing that does one piece of work at a time: the GPU's compute
+stream, the two directions of the link, the update worker on the CPU, and the thread that launches kernels. Work is
+issued in the engine's order, and waits for what it needs:
+
+    fetch of weights      a slot, the unit's pending update, the link
+    forward, backward     the unit's weights, an input that was offloaded, the launching thread; backward also for the
+                          gradients of earlier units, of which only a few may be on their way
+    gradients to RAM      backward of the unit, the link, a staging buffer where they pass through one
+    update of a unit      its gradients; with clipping also the norm, which is known after backward
+
+The last of the simulated steps counts: by then what one step leaves to the next is as in a long run.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ..hardware import Hardware
+from .workload import Decisions, Workload
+
+COMPUTE = "GPU compute"
+H2D, D2H = "PCIe to the GPU", "PCIe to RAM"
+LINK = "PCIe"
+UPDATE = "CPU update (RAM bandwidth)"
+LAUNCH = "launching kernels"
+
+# A layer's matrix products reach this part of a large square product's rate, its other operations this part of a copy's
+# rate. Fitted to layers of Llama-3.1-8B shape on an H100 at 8,192 to 32,768 tokens: 5.6 to 5.9 ms forward for each
+# 8,192 tokens, where an 8192^3 product reaches 785 TFLOP/s.
+_PRODUCT_SHARE = 0.93
+_COPY_SHARE = 0.9
+
+# Backward against forward. Products: each has two in backward, attention two and a half (flash attention computes its
+# scores again). Other operations read the gradient besides what forward read, and write one gradient for each input.
+# On the same layers backward took 11.4 to 12.9 ms for each 8,192 tokens.
+_BACKWARD_FLOPS = 2.1
+_BACKWARD_TRAFFIC = 2.5
+
+# Time of the thread that launches kernels, for one unit; from traces of Llama layers on the H100 machine. A kept unit's
+# backward is autograd's own loop, in C++ (estimate).
+_LAUNCH_FORWARD_S = 2e-3
+_LAUNCH_BACKWARD_S = 3e-3
+_LAUNCH_KEPT_BACKWARD_S = 1e-3
+# Embedding, final norm, head and loss, and Trainer's own work between two steps (estimates).
+_LAUNCH_LOSS_S = 2e-3
+_LAUNCH_STEP_S = 15e-3
+# Update of a resident unit: a kernel for each parameter (estimate).
+_LAUNCH_UPDATE_S = 0.5e-3
+
+# Adding a gradient to its fp32 sum on the CPU takes this many times the fp32 update of the same parameters. Measured:
+# 3.1 s for twice 6.98 G parameters (docs/benchmarks/2026-11-22-h100-stream/accumulation.jsonl).
+_SUM_PER_UPDATE = 1.35
+
+# Copies from and to memory that is not pinned take this many times as long.
+PAGEABLE_FACTOR = 2.0
+
+_MOVING = 2  # units' gradients, and offloaded inputs, that may be on their way
+_STEPS = 4
+_STEADY = 1e-3  # two steps that differ by less are alike
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a step will take.
+
+    Attributes:
+        step_s: seconds of one optimizer step in a long run.
+        tokens_per_s: tokens of all micro-batches over `step_s`.
+        bound_by: what would shorten the step most if it were twice as fast, in words.
+        busy_s: seconds of work in a step, by resource.
+        waits_s: seconds of a step in which the GPU's compute stream has nothing to do, by what it waits for.
+    """
+
+    step_s: float
+    tokens_per_s: float
+    bound_by: str
+    busy_s: Mapping[str, float]
+    waits_s: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Durations:
+    """Seconds of each piece of work of a step, before anything waits; lists are by unit.
+
+    `compute_speed`, `link_speed`, `update_speed` and `launch_speed` of `of` say what if a resource were that many
+    times faster.
+    """
+
+    micro_batches: int
+    overlapped: bool
+    forward: list[float]
+    backward: list[float]
+    recompute: list[float]
+    loss: float
+    weights: list[float]  # on an idle link; `busy_link` times as long while the other direction is used too
+    gradients: list[float]
+    inputs: list[float]
+    busy_link: float
+    update: list[float]
+    summing: list[float]
+    slowdown: float  # of the update, by a second of copying beside it on an idle link
+    gpu_update: list[float]
+    gpu_update_outside: float
+    outside_gradients: float
+    outside_weights: float
+    outside_update: float
+    launch: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        workload: Workload,
+        hardware: Hardware,
+        *,
+        compute_speed: float = 1.0,
+        link_speed: float = 1.0,
+        update_speed: float = 1.0,
+        launch_speed: float = 1.0,
+    ) -> Durations:
+        """Durations of a workload that has a profile."""
+        profile, layouts, moments = workload.profile, workload.layouts, workload.moments.name
+        assert profile is not None, "times need a profile"
+        traffic_rate = hardware.gpu_copy * _COPY_SHARE * compute_speed
+
+        def product_rate(dtype: torch.dtype) -> float:
+            rate = hardware.fp32_flops if dtype == torch.float32 else hardware.bf16_flops
+            return rate * _PRODUCT_SHARE * compute_speed
+
+        dtypes = [_main_dtype([segment.spec for segment in layout.segments]) for layout in layouts]
+        forward, backward, recompute = [], [], []
+        for unit, dtype in zip(profile.units, dtypes, strict=True):
+            products, rest = unit.forward_flops / product_rate(dtype), unit.forward_traffic / traffic_rate
+            forward.append(products + rest)
+            recompute.append(products * unit.recompute_share + rest)
+            backward.append(_BACKWARD_FLOPS * products + _BACKWARD_TRAFFIC * rest)
+        head = product_rate(_main_dtype(workload.outside))
+        trainable = [spec for spec in workload.outside if spec.trainable]
+        outside_bytes = sum(spec.numel * spec.dtype.itemsize for spec in trainable)
+        outside_grads = sum(
+            spec.numel * (4 if workload.fp32_sums else spec.dtype.itemsize) for spec in trainable
+        )
+        outside_numel = sum(spec.numel for spec in trainable)
+        h2d, d2h = hardware.h2d * link_speed, hardware.d2h * link_speed
+        cpu, gpu = hardware.cpu_adamw[moments] * update_speed, hardware.gpu_adamw[moments] * compute_speed
+        # While copies run both ways the update is slowed from one measured rate to the other; so each second of copying
+        # costs it a part of a second.
+        loaded = min(1.0, hardware.cpu_adamw_loaded[moments] / hardware.cpu_adamw[moments])
+        return cls(
+            micro_batches=workload.micro_batches,
+            overlapped=workload.overlapped,
+            forward=forward,
+            backward=backward,
+            recompute=recompute,
+            loss=profile.loss_flops / head + profile.loss_traffic / traffic_rate,
+            weights=[layout.weight_bytes / h2d for layout in layouts],
+            gradients=[layout.grad_bytes / d2h for layout in layouts],
+            inputs=[unit.boundary_bytes / d2h for unit in profile.units],
+            busy_link=max(1.0, (hardware.h2d + hardware.d2h) / hardware.duplex),
+            update=[layout.trainable_numel / cpu for layout in layouts],
+            summing=[
+                _SUM_PER_UPDATE * layout.trainable_numel / (hardware.cpu_adamw["fp32"] * update_speed)
+                for layout in layouts
+            ],
+            slowdown=(1 - loaded) * hardware.h2d / hardware.duplex * link_speed / update_speed,
+            gpu_update=[layout.trainable_numel / gpu for layout in layouts],
+            gpu_update_outside=outside_numel / gpu,
+            outside_gradients=outside_grads / d2h,
+            outside_weights=outside_bytes / h2d,
+            outside_update=outside_numel / cpu,
+            launch=1.0 / launch_speed,
+        )
+
+
+@dataclass(slots=True)
+class _Load:
+    """What decisions make of durations."""
+
+    forward: list[float]
+    backward: list[float]
+    streamed: list[int]
+    forward_link: float
+    backward_link: float
+    update: list[float]
+    busy: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, times: Durations, decisions: Decisions, pageable: float) -> _Load:
+        resident, activations = set(decisions.resident), decisions.activations
+        units = range(len(times.forward))
+        streamed = [unit for unit in units if unit not in resident]
+        keeps = [policy == "keep" for policy in activations]
+        offloaded = [unit for unit in units if activations[unit] == "offload"]
+        backward = [times.backward[k] + (0.0 if keeps[k] else times.recompute[k]) for k in units]
+        slower = 1.0 + pageable * (PAGEABLE_FACTOR - 1.0)
+        both = slower * times.busy_link
+        fetched_again = streamed[: max(0, len(streamed) - decisions.slots)]
+
+        inputs = sum(times.inputs[unit] for unit in offloaded)
+        to_gpu = sum(times.weights[k] for k in streamed)
+        again = sum(times.weights[k] for k in fetched_again)
+        gradients = sum(times.gradients[k] for k in streamed)
+        # Copies that run while the worker updates: those of forward, or those of the whole step.
+        beside = to_gpu + inputs + ((again + inputs + gradients) if times.overlapped else 0.0)
+        update = [times.update[k] for k in units]
+        total = sum(update[k] for k in streamed)
+        if total:
+            share = times.slowdown * beside / total
+            update = [seconds * (1 + share) for seconds in update]
+
+        m = times.micro_batches
+        outside = decisions.outside_state == "RAM"
+        launch_backward = sum(_LAUNCH_KEPT_BACKWARD_S if keep else _LAUNCH_BACKWARD_S for keep in keeps)
+        load = cls(
+            forward=times.forward,
+            backward=backward,
+            streamed=streamed,
+            forward_link=both if offloaded else slower,
+            backward_link=both if streamed else slower,
+            update=update,
+        )
+        load.busy = {
+            COMPUTE: m * (sum(times.forward) + sum(backward) + times.loss)
+            + sum(times.gpu_update[k] for k in resident)
+            + (0.0 if outside else times.gpu_update_outside),
+            H2D: m * ((to_gpu + inputs) * slower + again * slower)
+            + (times.outside_weights * slower if outside else 0.0),
+            D2H: m * (gradients + inputs) * slower + (times.outside_gradients * slower if outside else 0.0),
+            UPDATE: sum(update[k] for k in streamed)
+            + (times.outside_update if outside else 0.0)
+            + (m * sum(times.summing[k] for k in streamed) if m > 1 else 0.0),
+            LAUNCH: times.launch
+            * (
+                m * (len(times.forward) * _LAUNCH_FORWARD_S + launch_backward + _LAUNCH_LOSS_S)
+                + _LAUNCH_STEP_S
+                + len(resident) * _LAUNCH_UPDATE_S
+            ),
+        }
+        return load
+
+
+def shortest_step_s(times: Durations, decisions: Decisions, pageable: float = 0.0) -> float:
+    """A time that no simulated step is shorter than: the work of the busiest resource, and with clipping that of the
+    update followed by the backward pass, which needs all of it.
+    """
+    load = _Load.of(times, decisions, pageable)
+    bound = max(load.busy.values())
+    if not times.overlapped and load.streamed:
+        after = load.streamed[-1]
+        update = sum(load.update[k] for k in load.streamed)
+        bound = max(bound, update + sum(load.forward[after:]) + times.loss + sum(load.backward))
+    return bound
+
+
+def step_seconds(times: Durations, decisions: Decisions, pageable: float = 0.0) -> float:
+    """Seconds of a step in a long run.
+
+    Args:
+        times: of the workload on the machine.
+        decisions: what to simulate.
+        pageable: share of the copied memory that is not pinned.
+    """
+    return _simulate(_Load.of(times, decisions, pageable), times, decisions)[0]
+
+
+def predict(
+    workload: Workload, hardware: Hardware, decisions: Decisions, pageable: float = 0.0
+) -> Prediction:
+    """What a step takes under these decisions, and what bounds it.
+
+    Args:
+        workload: with a profile.
+        hardware: the machine.
+        decisions: what lives where.
+        pageable: share of the copied memory that is not pinned.
+    """
+    assert workload.profile is not None, "times need a profile"
+    times = Durations.of(workload, hardware)
+    load = _Load.of(times, decisions, pageable)
+    step_s, waits = _simulate(load, times, decisions)
+    twice_as_fast = {
+        COMPUTE: {"compute_speed": 2.0},
+        UPDATE: {"update_speed": 2.0},
+        LINK: {"link_speed": 2.0},
+        LAUNCH: {"launch_speed": 2.0},
+    }
+    what_if = {
+        resource: step_seconds(Durations.of(workload, hardware, **speed), decisions, pageable)
+        for resource, speed in twice_as_fast.items()
+    }
+    return Prediction(
+        step_s=step_s,
+        tokens_per_s=workload.profile.tokens * workload.micro_batches / step_s,
+        bound_by=min(what_if, key=lambda resource: what_if[resource]),
+        busy_s=load.busy,
+        waits_s=waits,
+    )
+
+
+def _main_dtype(specs) -> torch.dtype:
+    """The dtype of most parameters."""
+    numel: dict[torch.dtype, int] = {}
+    for spec in specs:
+        numel[spec.dtype] = numel.get(spec.dtype, 0) + spec.numel
+    return max(numel, key=lambda dtype: numel[dtype], default=torch.float32)
+
+
+# -- simulation ------------------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """The update worker: of the jobs that are ready it takes the first in forward order."""
+
+    def __init__(self) -> None:
+        self.clock = 0.0
+        self.done: dict[tuple[str, int], float] = {}
+        self.free_staging: list[float] = []
+        self._coming: list[tuple[float, int, float, tuple[str, int], bool]] = []
+        self._ready: list[tuple[int, float, float, tuple[str, int], bool]] = []
+
+    def submit(
+        self, job: tuple[str, int], ready: float, priority: int, seconds: float, *, staged: bool = False
+    ) -> None:
+        """Add a job; a staged one gives its staging buffer back when it is done."""
+        self.done.pop(job, None)
+        heapq.heappush(self._coming, (ready, priority, seconds, job, staged))
+
+    def finish(self, job: tuple[str, int]) -> float:
+        """When the job is done."""
+        while job not in self.done:
+            self._run_one()
+        return self.done[job]
+
+    def finish_all(self) -> float:
+        """When all jobs are done."""
+        while self._coming or self._ready:
+            self._run_one()
+        return self.clock
+
+    def take_staging(self) -> float:
+        """When a staging buffer is free."""
+        while not self.free_staging:
+            self._run_one()
+        return heapq.heappop(self.free_staging)
+
+    def _run_one(self) -> None:
+        if not self._ready and self._coming[0][0] > self.clock:
+            self.clock = self._coming[0][0]
+        while self._coming and self._coming[0][0] <= self.clock:
+            ready, priority, seconds, job, staged = heapq.heappop(self._coming)
+            heapq.heappush(self._ready, (priority, ready, seconds, job, staged))
+        _, _, seconds, job, staged = heapq.heappop(self._ready)
+        self.clock += seconds
+        self.done[job] = self.clock
+        if staged:
+            heapq.heappush(self.free_staging, self.clock)
+
+
+class _Step:
+    """Clocks of all resources, and the rules of one step."""
+
+    def __init__(self, load: _Load, times: Durations, decisions: Decisions) -> None:
+        self.load, self.times, self.decisions = load, times, decisions
+        units = range(len(load.forward))
+        self.is_streamed = [False] * len(load.forward)
+        for unit in load.streamed:
+            self.is_streamed[unit] = True
+        self.offloads = [policy == "offload" for policy in decisions.activations]
+        self.offloaded = [unit for unit in units if self.offloads[unit]]
+        self.launch_forward = _LAUNCH_FORWARD_S * times.launch
+        self.launch_backward = [
+            (_LAUNCH_KEPT_BACKWARD_S if policy == "keep" else _LAUNCH_BACKWARD_S) * times.launch
+            for policy in decisions.activations
+        ]
+        self.staged = decisions.staging_buffers > 0 and (times.overlapped or times.micro_batches > 1)
+        self.host = self.compute = self.h2d = self.d2h = self.issued = 0.0
+        self.worker = _Worker()
+        self.worker.free_staging = [0.0] * decisions.staging_buffers
+        self.pending = [False] * len(load.forward)
+        # Slots: the unit in each, when its copy lands, what that waited for, when the slot may be overwritten.
+        self.holds: list[int | None] = [None] * decisions.slots
+        self.landed = [0.0] * decisions.slots
+        self.updated = [0.0] * decisions.slots
+        self.copy_issued = [0.0] * decisions.slots
+        self.released = [0.0] * decisions.slots
+        self.last_use = [0] * decisions.slots
+        self.uses = 0
+        self.outside_ready = 0.0
+        self.link = load.forward_link
+        # When each offloaded input is in RAM.
+        self.stored = [0.0] * len(load.forward)
+        self.waits = {UPDATE: 0.0, LINK: 0.0, LAUNCH: 0.0}
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def prefetch(self, units: list[int], current: int | None) -> None:
+        for unit in units:
+            if unit not in self.holds:
+                keep = {*units, current}
+                free = [slot for slot, held in enumerate(self.holds) if held is None or held not in keep]
+                if free:
+                    self._fetch(min(free, key=self._age), unit)
+
+    def _age(self, slot: int) -> tuple[bool, int]:
+        return self.holds[slot] is not None, self.last_use[slot]
+
+    def _fetch(self, slot: int, unit: int) -> None:
+        updated = 0.0
+        if self.pending[unit]:
+            updated = self.worker.finish(("update", unit))
+            self.pending[unit] = False
+        self.issued = max(self.issued, self.host, updated)
+        start = max(self.h2d, self.issued, self.released[slot])
+        self.h2d = start + self.times.weights[unit] * self.link
+        self.uses += 1
+        self.holds[slot], self.last_use[slot] = unit, self.uses
+        self.landed[slot], self.updated[slot], self.copy_issued[slot] = self.h2d, updated, self.issued
+
+    def acquire(self, unit: int, following: list[int]) -> int:
+        if unit not in self.holds:
+            self._fetch(min(range(len(self.holds)), key=self._age), unit)
+        slot = self.holds.index(unit)
+        self.uses += 1
+        self.last_use[slot] = self.uses
+        self.prefetch(following, unit)
+        # The launching thread waits until the copy has been handed to the link.
+        self.host = max(self.host, self.copy_issued[slot])
+        return slot
+
+    # -- compute ---------------------------------------------------------------------------------------------
+
+    def run(self, seconds: float, ready: float, launch_s: float, *, updated: float = 0.0) -> None:
+        """Work on the compute stream that needs `ready`, and cannot end before it has been launched."""
+        self.host += launch_s
+        if ready > self.compute:
+            self.waits[UPDATE if updated > self.compute else LINK] += ready - self.compute
+            self.compute = ready
+        end = self.compute + seconds
+        if self.host > end:
+            self.waits[LAUNCH] += self.host - end
+            end = self.host
+        self.compute = end
+
+    def forward(self) -> None:
+        load, streamed = self.load, self.load.streamed
+        self.link = load.forward_link
+        depth = self.decisions.slots - 1
+        position = 0
+        leaving: list[float] = []
+        self.host += _LAUNCH_LOSS_S * self.times.launch
+        for unit, seconds in enumerate(load.forward):
+            ready = updated = 0.0
+            slot = -1
+            if self.is_streamed[unit]:
+                slot = self.acquire(unit, streamed[position + 1 : position + 1 + depth])
+                ready, updated = self.landed[slot], self.updated[slot]
+                position += 1
+            if self.offloads[unit]:
+                self.d2h = max(self.d2h, self.compute) + self.times.inputs[unit] * self.link
+                self.stored[unit] = self.d2h
+                leaving.append(self.d2h)
+                if len(leaving) > _MOVING:
+                    ready = max(ready, leaving[-1 - _MOVING])
+            self.run(seconds, ready, self.launch_forward, updated=updated)
+            if slot >= 0:
+                self.released[slot] = self.compute
+
+    def backward(self) -> None:
+        load, streamed, times = self.load, self.load.streamed, self.times
+        self.link = load.backward_link
+        depth = self.decisions.slots - 1
+        position = len(streamed)
+        moving: list[tuple[float, float]] = []
+        coming: dict[int, float] = {}
+        inputs = self.offloaded[::-1]
+        for unit in range(len(load.backward) - 1, -1, -1):
+            ready = 0.0
+            slot = -1
+            if self.is_streamed[unit]:
+                position -= 1
+                slot = self.acquire(unit, streamed[max(0, position - depth) : position][::-1])
+                ready = self.landed[slot]
+            if self.offloads[unit]:
+                while inputs and len(coming) < _MOVING + 1:
+                    first = inputs.pop(0)
+                    self.h2d = max(self.h2d, self.host, self.stored[first]) + times.inputs[first] * self.link
+                    coming[first] = self.h2d
+                ready = max(ready, coming.pop(unit))
+            self.run(load.backward[unit], ready, self.launch_backward[unit])
+            if slot >= 0:
+                self.released[slot] = self.compute
+                moving.append(self._send_gradients(unit))
+                if len(moving) > _MOVING:
+                    issued, landed = moving.pop(0)
+                    self.host = max(self.host, issued)
+                    self.run(0.0, landed, 0.0, updated=issued if self.staged else 0.0)
+
+    def _send_gradients(self, unit: int) -> tuple[float, float]:
+        """When the copy of a unit's gradients is handed to the link, and when it lands."""
+        issued = max(self.host, self.worker.take_staging()) if self.staged else self.host
+        self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link
+        if self.times.overlapped:
+            self.worker.submit(("update", unit), self.d2h, unit, self.load.update[unit], staged=True)
+            self.pending[unit] = True
+        elif self.staged:  # sums go before updates
+            self.worker.submit(("sum", unit), self.d2h, -1, self.times.summing[unit], staged=True)
+        return issued, self.d2h
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> float:
+        """Run one step; returns when it ended for the launching thread."""
+        times = self.times
+        # An update outside of units is waited for before anything of the model runs.
+        self.run(0.0, self.outside_ready, 0.0, updated=self.outside_ready)
+        for _ in range(times.micro_batches):
+            self.forward()
+            self.run(times.loss, 0.0, _LAUNCH_LOSS_S * times.launch)
+            self.backward()
+            # Trainer reads the loss, and deferred gradients are in RAM when backward returns.
+            self.host = max(self.host, self.compute)
+            if not times.overlapped:
+                self.host = max(self.host, self.d2h)
+                if self.staged:
+                    self.host = max(self.host, self.worker.finish_all())
+        self._update()
+        return self.host
+
+    def _update(self) -> None:
+        times, load = self.times, self.load
+        resident = self.decisions.resident
+        if not times.overlapped:
+            for unit in load.streamed:
+                self.worker.submit(("update", unit), self.host, unit, load.update[unit])
+                self.pending[unit] = True
+        seconds = sum(times.gpu_update[unit] for unit in resident)
+        if self.decisions.outside_state == "RAM":
+            self.d2h = max(self.d2h, self.compute) + times.outside_gradients
+            self.worker.submit(("outside", 0), self.d2h, -1, times.outside_update)
+            self.h2d = max(self.h2d, self.worker.finish(("outside", 0))) + times.outside_weights
+            self.outside_ready = self.h2d
+        else:
+            seconds += times.gpu_update_outside
+        self.run(seconds, 0.0, (_LAUNCH_STEP_S + len(resident) * _LAUNCH_UPDATE_S) * times.launch)
+        # The weights in all slots are old now; the first units' are on their way again.
+        self.holds = [None] * len(self.holds)
+        self.link = load.forward_link
+        self.prefetch(load.streamed[: len(self.holds) - 1], None)
+
+
+def _simulate(load: _Load, times: Durations, decisions: Decisions) -> tuple[float, dict[str, float]]:
+    """Seconds of the last simulated step, and what the compute stream waited for in it."""
+    machine = _Step(load, times, decisions)
+    ends = [0.0]
+    waited: dict[str, float] = {}
+    for _ in range(_STEPS):
+        waited = dict(machine.waits)
+        ends.append(machine.step())
+        if len(ends) > 3 and abs(ends[-1] - 2 * ends[-2] + ends[-3]) <= _STEADY * (ends[-1] - ends[-2]):
+            break
+    waits = {what: seconds - waited[what] for what, seconds in machine.waits.items()}
+    return ends[-1] - ends[-2], waits

@@ -1,0 +1,106 @@
+"""Machines and models for the planner's tests: the H100 machine of the measured rows, and Llama-3.1-8B with Liger."""
+
+import torch
+
+from hf_slideformer.hardware import Hardware
+from hf_slideformer.memory.layout import ParamSpec, lay_out
+from hf_slideformer.planner.profile import ModelProfile, UnitProfile
+from hf_slideformer.planner.workload import Workload
+
+GIB = 2**30
+MIB = 2**20
+
+# docs/benchmarks/2026-11-22-h100-kernels; `cpu_adamw_loaded` and links as measured on the same machine. The 8-bit rate
+# on the CPU is that of the kernel with which the 8-bit row was made, with 15 of 16 threads, as the engine uses them.
+H100 = Hardware(
+    name="H100",
+    source="measured",
+    gpu="NVIDIA H100 80GB HBM3",
+    gpu_bytes=int(79.2 * GIB),
+    ram_bytes=125 * GIB,
+    cores=16,
+    h2d=55e9,
+    d2h=55e9,
+    duplex=89e9,
+    ram_copy=133e9,
+    cpu_adamw={"fp32": 6.1e9, "8bit": 7.3e9},
+    cpu_adamw_loaded={"fp32": 3.7e9, "8bit": 4.7e9},
+    gpu_adamw={"fp32": 111.6e9, "8bit": 172.5e9},
+    gpu_copy=2.97e12,
+    bf16_flops=785e12,
+    fp32_flops=50e12,
+)
+
+
+def spec(name, *shape, dtype=torch.bfloat16, trainable=True, source=None):
+    return ParamSpec(name, shape, dtype, source or dtype, dtype == torch.bfloat16, trainable)
+
+
+def llama_layer(hidden=4096, kv=1024, inner=14336):
+    """The parameters of one decoder layer."""
+    return [
+        spec("q", hidden, hidden),
+        spec("k", kv, hidden),
+        spec("v", kv, hidden),
+        spec("o", hidden, hidden),
+        spec("gate", inner, hidden),
+        spec("up", inner, hidden),
+        spec("down", hidden, inner),
+        spec("input_norm", hidden),
+        spec("post_norm", hidden),
+    ]
+
+
+def llama_profile(
+    batch_size, seq_len=1024, *, layers=32, hidden=4096, kv=1024, inner=14336, vocabulary=128256
+):
+    """Activations with Liger's layers and the fused loss, from shapes: (tokens, width) tensors in bf16.
+
+    At 8,192 tokens a layer saves 1.06 GiB and its input is 64 MiB, as measured.
+    """
+    tokens = batch_size * seq_len
+    matrices = 2 * hidden * hidden + 2 * kv * hidden + 3 * inner * hidden
+    products = 2 * tokens * matrices
+    attention = 4 * batch_size * seq_len**2 * hidden
+    row = 2 * tokens
+    unit = UnitProfile(
+        boundary_bytes=row * hidden,
+        # Two norms' outputs, q, k, v and attention's output, the sum after attention, gate, up and their product.
+        saved_bytes=row * (5 * hidden + 2 * kv + 3 * inner),
+        forward_bytes=row * (3 * hidden + 3 * inner),
+        backward_bytes=row * (3 * hidden + 2 * inner),
+        forward_flops=products + attention,
+        # Norms and sums (10 hidden), rotary embeddings, SwiGLU (read two, write one).
+        forward_traffic=row * (12 * hidden + 4 * kv + 3 * inner),
+        recompute_share=1 - 2 * tokens * inner * hidden / (products + attention),
+    )
+    logits = min(tokens * vocabulary * 2, GIB)
+    return ModelProfile(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        units=(unit,) * layers,
+        held_bytes=row * 2 * hidden + 2 * row * 128,
+        loss_bytes=4 * vocabulary * hidden + logits + 4 * tokens * hidden,
+        loss_flops=6 * tokens * hidden * vocabulary,
+        loss_traffic=3 * 2 * tokens * vocabulary,
+    )
+
+
+def llama(
+    batch_size=8, seq_len=1024, *, layers=32, hidden=4096, kv=1024, inner=14336, vocabulary=128256, **settings
+):
+    """Training of Llama-3.1-8B, or of a model of that kind with other sizes."""
+    sizes = {"hidden": hidden, "kv": kv, "inner": inner}
+    settings.setdefault(
+        "profile", llama_profile(batch_size, seq_len, layers=layers, vocabulary=vocabulary, **sizes)
+    )
+    return Workload(
+        layouts=(lay_out(llama_layer(**sizes)),) * layers,
+        outside=(
+            spec("embedding", vocabulary, hidden),
+            spec("norm", hidden),
+            spec("head", vocabulary, hidden),
+        ),
+        last_gradients=frozenset({"embedding"}),
+        **settings,
+    )

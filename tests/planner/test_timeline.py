@@ -1,0 +1,156 @@
+"""The time model against measured rows, and against what must hold for any machine."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
+from hf_slideformer.planner.timeline import (
+    COMPUTE,
+    LAUNCH,
+    LINK,
+    UPDATE,
+    Durations,
+    predict,
+    shortest_step_s,
+    step_seconds,
+)
+from hf_slideformer.planner.workload import Decisions
+
+from .machines import H100, llama, spec
+
+# Median seconds of a step, everything streamed and recomputed: docs/benchmarks/2026-11-22-h100-kernels/; for batches 16
+# and 32 without clipping, and for accumulation, docs/benchmarks/2026-11-22-h100-stream/.
+ROWS = {
+    "clipped-8": (8, {}, 1.810, UPDATE),
+    "clipped-16": (16, {}, 2.352, UPDATE),
+    "clipped-32": (32, {}, 3.472, COMPUTE),
+    "unclipped-8": (8, {"overlapped": True}, 1.563, UPDATE),
+    "unclipped-16": (16, {"overlapped": True}, 1.635, COMPUTE),
+    "unclipped-32": (32, {"overlapped": True}, 3.068, COMPUTE),
+    "8bit-8": (8, {"moments": EIGHT_BIT_MOMENTS}, 1.729, UPDATE),
+    "accumulated-8": (8, {"micro_batches": 2}, 4.731, UPDATE),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_measured_rows_are_predicted_within_ten_percent(row):
+    batch_size, settings, measured_s, bound_by = ROWS[row]
+    workload = llama(batch_size, **settings)
+    prediction = predict(workload, H100, Decisions.streamed(workload))
+    assert prediction.step_s == pytest.approx(measured_s, rel=0.1)
+    assert prediction.bound_by == bound_by
+    tokens = batch_size * 1024 * workload.micro_batches
+    assert prediction.tokens_per_s == pytest.approx(tokens / prediction.step_s)
+
+
+def test_where_a_clipped_step_waits():
+    """The row's own totals: the update was busy 1.21 s, and the launching thread waited 0.98 s for it."""
+    prediction = predict(llama(8), H100, Decisions.streamed(llama(8)))
+    assert prediction.busy_s[UPDATE] == pytest.approx(1.21, rel=0.02)
+    assert prediction.waits_s[UPDATE] == pytest.approx(0.98, rel=0.1)
+    idle = prediction.step_s - prediction.busy_s[COMPUTE]
+    assert sum(prediction.waits_s.values()) == pytest.approx(idle, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "forward_ms", "both_ms", "loss_ms"),
+    [(8192, 5.6, 17.8, 39.4), (16384, 11.8, 34.7, 80.3), (32768, 23.0, 74.5, 160.0)],
+)
+def test_compute_alone(tokens, forward_ms, both_ms, loss_ms):
+    times = Durations.of(llama(tokens // 1024), H100)
+    assert 1e3 * times.forward[0] == pytest.approx(forward_ms, rel=0.1)
+    assert 1e3 * (times.forward[0] + times.backward[0]) == pytest.approx(both_ms, rel=0.1)
+    assert 1e3 * times.loss == pytest.approx(loss_ms, rel=0.1)
+
+
+def _bound_by(workload, hardware, decisions):
+    return predict(workload, hardware, decisions).bound_by
+
+
+def test_what_bounds_clear_cases():
+    workload = llama(8)
+    streamed, kept = Decisions.streamed(workload), Decisions.of(workload, resident=32, kept=32)
+    assert _bound_by(workload, H100, kept) == COMPUTE
+    assert _bound_by(workload, H100, streamed) == UPDATE
+    slow_link = dataclasses.replace(H100, h2d=3e9, d2h=3e9, duplex=5e9)
+    assert _bound_by(workload, slow_link, streamed) == LINK
+    few_tokens = llama(1, 16)
+    assert _bound_by(few_tokens, H100, Decisions.of(few_tokens, resident=32, kept=32)) == LAUNCH
+
+
+def _random_case(rng):
+    layers = rng.randint(1, 7)
+    settings = rng.choice(({}, {"overlapped": True}, {"micro_batches": 2}))
+    workload = llama(rng.choice((1, 4, 16)), layers=layers, **settings)
+    factor = lambda: 10 ** rng.uniform(-1, 1)  # noqa: E731
+    link = 55e9 * factor()
+    rate = 6.1e9 * factor()
+    hardware = dataclasses.replace(
+        H100,
+        h2d=link,
+        d2h=link,
+        duplex=link * rng.uniform(1, 2),
+        cpu_adamw={"fp32": rate},
+        cpu_adamw_loaded={"fp32": rate * rng.uniform(0.3, 1)},
+        bf16_flops=785e12 * factor(),
+    )
+    decisions = Decisions.of(
+        workload,
+        resident=rng.randint(0, layers),
+        kept=rng.randint(0, layers),
+        rest=rng.choice(("recompute", "offload")),
+        slots=rng.randint(2, 4),
+        outside_state=rng.choice(("GPU", "RAM")),
+    )
+    return workload, hardware, decisions
+
+
+def test_no_step_is_shorter_than_its_bound():
+    rng = random.Random(1)
+    ratios = []
+    for _ in range(300):
+        workload, hardware, decisions = _random_case(rng)
+        times = Durations.of(workload, hardware)
+        bound, simulated = shortest_step_s(times, decisions), step_seconds(times, decisions)
+        assert simulated >= bound * 0.999, (workload.update, decisions)
+        ratios.append(simulated / bound)
+    assert sorted(ratios)[150] < 1.3  # and the bound says something
+
+
+def test_a_faster_machine_is_never_slower():
+    rng = random.Random(2)
+    for _ in range(150):
+        workload, hardware, decisions = _random_case(rng)
+        before = step_seconds(Durations.of(workload, hardware), decisions)
+        for speed in ("compute_speed", "link_speed", "update_speed", "launch_speed"):
+            after = step_seconds(Durations.of(workload, hardware, **{speed: 2.0}), decisions)
+            assert before / 2 * 0.98 <= after <= before * 1.02, (speed, decisions)
+
+
+def test_memory_that_is_not_pinned_slows_copies():
+    workload = llama(8)
+    slow_link = dataclasses.replace(H100, h2d=10e9, d2h=10e9, duplex=16e9)
+    times, streamed = Durations.of(workload, slow_link), Decisions.streamed(workload)
+    pinned, half, pageable = (step_seconds(times, streamed, share) for share in (0.0, 0.5, 1.0))
+    assert pinned < half < pageable < 2 * pinned
+
+
+def test_state_outside_of_units_in_ram_costs_time():
+    workload = llama(8)
+    times = Durations.of(workload, H100)
+    on_gpu, in_ram = (
+        step_seconds(times, Decisions.of(workload, outside_state=place)) for place in ("GPU", "RAM")
+    )
+    trained = sum(spec.numel for spec in workload.outside)
+    assert in_ram - on_gpu >= 0.9 * trained / H100.cpu_adamw["fp32"]
+
+
+def test_fp32_models_compute_at_the_fp32_rate():
+    workload = llama(8, layers=2)
+    layout = lay_out([spec("w", 1024, dtype=torch.float32)])
+    plain = dataclasses.replace(workload, layouts=(layout, layout))
+    ratio = Durations.of(plain, H100).forward[0] / Durations.of(workload, H100).forward[0]
+    assert ratio == pytest.approx(785 / 50, rel=0.15)

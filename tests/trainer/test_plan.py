@@ -1,0 +1,119 @@
+"""What SlideTrainer says and does about memory: the plan is shown, written, followed, and changes no number."""
+
+import json
+
+import pytest
+import torch
+
+from hf_slideformer import SlideConfig, SlideTrainer
+from hf_slideformer.errors import PlanError
+
+from . import runs
+
+SHAPE = {"num_hidden_layers": 6}
+
+
+def _train(tmp_path, name, slide_config, **arguments):
+    model = runs.llama(seed=1, **SHAPE)
+    trainer = runs.make(
+        SlideTrainer, model, tmp_path / name, trainer_kwargs={"slide_config": slide_config}, **arguments
+    )
+    trainer.train()
+    return trainer
+
+
+def _weights(trainer):
+    return {name: param.detach().clone() for name, param in trainer.model.named_parameters()}
+
+
+def _needed(tmp_path, **config):
+    """GPU bytes of the plan that streams everything."""
+    model = runs.llama(seed=1, **SHAPE)
+    config = SlideConfig(placement="stream", gpu_memory="1GiB", **config)
+    return runs.make(
+        SlideTrainer, model, tmp_path / "plan", trainer_kwargs={"slide_config": config}
+    ).slide.plan
+
+
+def test_the_plan_fills_what_it_is_given_and_changes_no_bit(tmp_path):
+    plain = _train(tmp_path, "stream", SlideConfig(placement="stream"))
+    expected = _weights(plain)
+    least = _needed(tmp_path).peaks["train"]["GPU"]
+    stays = []
+    for share in (1.02, 1.3, 1.8, 4.0):
+        trainer = _train(tmp_path, str(share), SlideConfig(gpu_memory=int(least * share)))
+        plan = trainer.slide.plan
+        assert plan.peaks["train"]["GPU"] <= least * share
+        stays.append(len(plan.decisions.resident) + plan.decisions.kept)
+        for name, weight in _weights(trainer).items():
+            assert torch.equal(weight, expected[name]), (share, name)
+    assert stays == sorted(stays) and stays[0] < stays[-1]
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute", "offload"])
+def test_activations_are_treated_as_the_user_says(tmp_path, activations):
+    trainer = _train(tmp_path, activations, SlideConfig(activations=activations))
+    assert set(trainer.slide.plan.decisions.activations) == {activations}
+    expected = _weights(_train(tmp_path, "stream", SlideConfig(placement="stream")))
+    for name, weight in _weights(trainer).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_the_plan_is_written_beside_the_outputs_and_shown(tmp_path, capsys):
+    trainer = _train(tmp_path, "out", SlideConfig(gpu_memory="1GiB"), disable_tqdm=False)
+    written = json.loads((tmp_path / "out" / "slideformer_plan.json").read_text())
+    assert written == json.loads(json.dumps(trainer.slide.plan.as_dict()))
+    assert str(trainer.slide.plan) in capsys.readouterr().out
+    assert "tokens/s" in str(trainer.slide.plan)
+
+
+def test_without_progress_bars_nothing_is_printed(tmp_path, capsys):
+    _train(tmp_path, "out", SlideConfig(), disable_tqdm=True)
+    assert "training state" not in capsys.readouterr().out
+
+
+def test_the_plan_counts_on_the_longest_sample(tmp_path):
+    plan = _needed(tmp_path)
+    assert (plan.batch_size, plan.seq_len) != (None, None)
+    longer = _needed(tmp_path, seq_len=8 * plan.seq_len)
+    assert longer.peaks["train"]["GPU"] > 1.5 * plan.peaks["train"]["GPU"]
+    assert any("as seq_len says" in note for note in longer.notes)
+
+
+def test_what_does_not_fit_is_refused_with_a_remedy_that_helps(tmp_path):
+    model = runs.llama(seed=1, **SHAPE)
+    needed = _needed(tmp_path)
+    budget = int(needed.peaks["train"]["GPU"] * 0.6)
+    with pytest.raises(PlanError, match=r"may be used\.") as caught:
+        runs.make(
+            SlideTrainer,
+            model,
+            tmp_path / "out",
+            trainer_kwargs={"slide_config": SlideConfig(gpu_memory=budget, seq_len=512)},
+        )
+    assert "GPU" in str(caught.value)
+
+
+def test_evaluation_first_then_training(tmp_path):
+    """The engine that evaluation made has room for what training adds."""
+    model = runs.llama(seed=1, **SHAPE)
+    trainer = runs.make(
+        SlideTrainer, model, tmp_path / "out", trainer_kwargs={"slide_config": SlideConfig(gpu_memory="1GiB")}
+    )
+    trainer.evaluate()
+    assert trainer.slide.plan.update == "none"
+    trainer.train()
+    assert trainer.slide.plan.update == "deferred"
+    expected = _weights(_train(tmp_path, "stream", SlideConfig(placement="stream")))
+    for name, weight in _weights(trainer).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_an_engine_made_for_evaluation_refuses_training_that_does_not_fit(tmp_path):
+    model = runs.llama(seed=1, **SHAPE)
+    weights = sum(param.nbytes for param in model.parameters())
+    trainer = runs.make(SlideTrainer, model, tmp_path / "out", trainer_kwargs={})
+    trainer._slide_config = trainer.accelerator._slide_config = SlideConfig(cpu_memory=3 * weights)
+    trainer.evaluate()
+    with pytest.raises(PlanError, match="moments"):
+        trainer.train()
