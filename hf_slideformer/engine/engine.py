@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from ..config import SlideConfig
 from ..errors import PlanError, StateError, UnsupportedModelError
 from ..hardware import default_update_threads
+from ..memory.allocator import use_expandable_segments
 from ..memory.layout import Segment, lay_out
 from ..memory.manager import UnitMemory
 from ..memory.offload import TensorOffload
@@ -143,7 +144,10 @@ class SlideEngine:
         self._warned_of_pageable = False
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
+        use_expandable_segments(device)
         units = self._move(model, blueprint, decisions)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # weights that were there before left gaps of other sizes
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
         self._worker = UpdateWorker(self.metrics, delays.get("update"))
         slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts(decisions)), default=0)

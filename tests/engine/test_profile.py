@@ -39,8 +39,8 @@ def test_saved_bytes_are_the_storages_that_autograd_saves(family):
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("loss", ["model", "fused"])
-@pytest.mark.parametrize(("batch", "seq"), [(2, 16), (8, 64)])
-def test_the_engine_allocates_what_the_profile_says(loss, bf16, batch, seq):
+def test_the_engine_allocates_what_the_profile_says(loss, bf16):
+    batch, seq = 8, 64
     model = tiny_llama(torch.float32, vocab_size=512)
     found = profile(model, batch_size=batch, seq_len=seq, bf16=bf16, fused_loss=loss == "fused")
     run = prepare(model, bf16=bf16, config=SlideConfig(loss=loss))
@@ -300,12 +300,12 @@ def test_experts_in_a_loop_are_estimated():
     assert_at_least(found, traced)
 
 
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("llama", "sdpa"), ("llama", "eager"), ("gemma2", "eager"), ("gpt2", "sdpa"), ("qwen3_moe", "eager")],
+)
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "qwen3_moe"])
 def test_estimates_are_not_too_low(family, kind, fused, monkeypatch):
-    if family == "gemma2" and kind == "sdpa":
-        pytest.skip("gemma2's soft cap needs eager attention")
     longest = {"n_positions" if family == "gpt2" else "max_position_embeddings": 256}
     model = models.build(family, attn_implementation=kind, **longest)
     traced = profile(model, seq_len=256, fused_loss=fused, device_type="cuda")
