@@ -332,7 +332,11 @@ class SlideEngine:
         for unit in self._streamed:
             unit.memory.allocate_moments(self._blueprint.moments)
             if not self.overlapped:
-                unit.memory.allocate_gradients(fp32=self._accumulates, from_device=not self._accumulates)
+                unit.memory.allocate_gradients(
+                    fp32=self._accumulates,
+                    from_device=not self._accumulates,
+                    least_bytes=(unit.planned_bytes or 0) if unit.offloads and not self._accumulates else 0,
+                )
             for state in unit.states:
                 if state.spec.trainable:
                     state.moments = unit.memory.moments(state.segment)
@@ -386,6 +390,7 @@ class SlideEngine:
             lane=self._lanes[1],
             worker=self._worker,
             pool=self.pool,
+            offload=self.executor.offload,
             metrics=self.metrics,
             fp32_sums=self._accumulates,
             overlapped=self.overlapped,
@@ -828,6 +833,11 @@ class SlideEngine:
             memories.append(self._outside.memory)
         held = sum(buffer.nbytes for memory in memories for buffer in memory.buffers())
         return held + self.executor.offload.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of all host buffers allocated now."""
+        return self.host_state_bytes + (self.gradients.staging_bytes if self.gradients is not None else 0)
 
     def close(self) -> None:
         """Finish pending work and end the threads. The model keeps its (host) weights."""

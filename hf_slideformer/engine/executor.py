@@ -32,6 +32,7 @@ from ..errors import StateError, UnsupportedModelError
 from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
 from ..memory.offload import OffloadedTensor, TensorOffload
+from ..memory.pinned import HostBuffer
 from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
@@ -84,6 +85,7 @@ class Unit:
     offloads: bool = False
     planned_bytes: int | None = None
     pending_update: Handle | None = None
+    waiting: weakref.ref[OffloadedTensor] | None = None  # an input in the gradients' buffer
     forwards_since_step: int = 0
     version: int = 0
 
@@ -107,6 +109,16 @@ class Unit:
     def trainable(self) -> bool:
         """Whether any streamed parameter of the unit is trained."""
         return self.layout.state_numel > 0
+
+    def place_for(self, tensor: torch.Tensor) -> HostBuffer | None:
+        """Where an input can wait in RAM: the gradients' buffer, which is empty until the unit's backward.
+
+        None if there is no such buffer, or it is in use: gradients are pending, or another run's input is there.
+        """
+        buffer = None if self.memory.grads_fp32 else self.memory.grads
+        if buffer is None or buffer.nbytes < tensor.nbytes or (self.waiting is not None and self.waiting()):
+            return None
+        return None if any(state.param.grad is not None for state in self.states) else buffer
 
     def keeps_for(self, tensors: list[torch.Tensor]) -> bool:
         """Whether activations are kept in a run on these inputs."""
@@ -256,7 +268,10 @@ class Executor:
         """Move the inputs that the unit will be recomputed from to RAM."""
         for position, leaf in enumerate(call.inputs):
             if leaf.requires_grad and leaf.is_contiguous() and leaf.numel() > 0:
-                call.parked[position] = self.offload.store(call.unit.name, leaf)
+                place = call.unit.place_for(leaf)
+                call.parked[position] = parked = self.offload.store(call.unit.name, leaf, into=place)
+                if place is not None:
+                    call.unit.waiting = weakref.ref(parked)
                 leaf.data = leaf.new_empty(0)
         if call.parked:
             self._parked = [ref for ref in self._parked if ref() is not None]

@@ -23,6 +23,7 @@ from slideformer_kernels import accumulate_, sum_of_squares
 
 from ..errors import StateError
 from ..memory.manager import grad_view
+from ..memory.offload import TensorOffload
 from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
 from ..memory.transfer import Handle, Lane, compute_event
@@ -81,6 +82,7 @@ class Gradients:
         lane: device-to-host lane.
         worker: runs sums and overlapped updates.
         pool: the slots; a unit's copy there goes stale when its update is enqueued.
+        offload: brings back an input that waits where a gradient is to land.
         metrics: receives `d2h_bytes` and `wait_gradients_s`.
         fp32_sums: host gradients are fp32 from the first micro-batch on.
         overlapped: start the update as soon as gradients land.
@@ -100,6 +102,7 @@ class Gradients:
         lane: Lane,
         worker: UpdateWorker,
         pool: SlotPool,
+        offload: TensorOffload,
         metrics: Metrics,
         fp32_sums: bool,
         overlapped: bool,
@@ -113,6 +116,7 @@ class Gradients:
         self._lane = lane
         self._worker = worker
         self._pool = pool
+        self._offload = offload
         self._metrics = metrics
         self._fp32_sums = fp32_sums
         self._overlapped = overlapped
@@ -181,7 +185,9 @@ class Gradients:
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
         targets = [unit.memory.gradient(state.segment) for state in states]
-        handle = self._copy(unit, targets, tensors)
+        # The input of another run of this unit may still wait there (a layer used twice, two forwards in a row).
+        waiting = unit.waiting() if unit.waiting is not None else None
+        handle = self._copy(unit, targets, tensors, after=[self._offload.fetch(waiting)] if waiting else [])
         self._landing[unit.index] = (unit, states, [handle])
         return handle
 
@@ -237,13 +243,15 @@ class Gradients:
         )
         return handle
 
-    def _copy(self, unit: Unit, targets: list[torch.Tensor], tensors: list[torch.Tensor]) -> Handle:
+    def _copy(
+        self, unit: Unit, targets: list[torch.Tensor], tensors: list[torch.Tensor], after: list[Handle]
+    ) -> Handle:
         def copy() -> None:
             for target, grad in zip(targets, tensors, strict=True):
                 target.copy_(grad, non_blocking=True)
 
         return self._lane.submit(
-            f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
+            f"gradients of {unit.name}", copy, after=after, after_events=(compute_event(self._device),)
         )
 
     def _copy_staged(

@@ -33,7 +33,10 @@ def use_expandable_segments(device: torch.device) -> bool:
         if setter is not None:
             try:
                 setter("expandable_segments:True")
-            except (RuntimeError, ValueError) as error:  # a driver or platform without virtual memory management
+            except (
+                RuntimeError,
+                ValueError,
+            ) as error:  # a driver or platform without virtual memory management
                 logger.info("torch's allocator keeps segments of fixed size: %s", error)
                 return False
             return True

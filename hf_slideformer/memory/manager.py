@@ -36,15 +36,18 @@ class UnitMemory:
                 for part in moments.parts
             }
 
-    def allocate_gradients(self, *, fp32: bool, from_device: bool = True) -> None:
+    def allocate_gradients(self, *, fp32: bool, from_device: bool = True, least_bytes: int = 0) -> None:
         """Map the gradient buffer (once per kind): in the weights' dtypes, or in fp32.
 
-        `from_device` says that the device writes it, so that it is pinned where weights are; sums made by the CPU from
-        a staging buffer need no pinning.
+        Args:
+            fp32: what it holds.
+            from_device: the device writes it, so that it is pinned where weights are; sums made by the CPU from a
+                staging buffer need no pinning.
+            least_bytes: make it at least so large, since the unit's input waits there until gradients come.
         """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
-            self.grads = HostBuffer(nbytes, pin=self._pin and from_device)
+            self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
             self.grads_fp32 = fp32
 
     def weight(self, segment: Segment) -> torch.Tensor:

@@ -28,7 +28,7 @@ class OffloadedTensor:
         self.shape, self.dtype = tensor.shape, tensor.dtype
         self.buffer = buffer
         self.stored: Handle
-        self.release: weakref.finalize
+        self.release: weakref.finalize | None = None
 
     def host(self) -> torch.Tensor:
         """The data in RAM, in the tensor's shape."""
@@ -69,10 +69,16 @@ class TensorOffload:
         self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle]] = {}
         self.host_bytes = 0
 
-    def store(self, name: str, tensor: torch.Tensor) -> OffloadedTensor:
-        """Start moving `tensor` (contiguous) to RAM; its memory is free again once all references are gone."""
+    def store(self, name: str, tensor: torch.Tensor, into: HostBuffer | None = None) -> OffloadedTensor:
+        """Start moving `tensor` (contiguous) to RAM; its memory is free again once all references are gone.
+
+        Args:
+            name: for messages.
+            tensor: on the device.
+            into: memory that nobody reads or writes until the tensor is back; None takes a buffer of its own.
+        """
         source = tensor.detach()
-        buffer, read = self._take_buffer(source.nbytes)
+        buffer, read = (into, Handle.done()) if into is not None else self._take_buffer(source.nbytes)
         parked = OffloadedTensor(name, source, buffer)
         host = parked.host()
         stored = parked.stored = self._to_host.submit(
@@ -82,18 +88,19 @@ class TensorOffload:
             after_events=(compute_event(self._device),),
         )
         # A forward that is never followed by its backward must give its buffers back too.
-        parked.release = weakref.finalize(parked, self._give_back, buffer, stored)
+        if into is None:
+            parked.release = weakref.finalize(parked, self._give_back, buffer, stored)
         self._metrics.add("d2h_bytes", source.nbytes)
         self._leaving.append((stored, source, source._version, name))
         while len(self._leaving) > _MAX_IN_FLIGHT:
             self._land()
         return parked
 
-    def fetch(self, parked: OffloadedTensor) -> None:
-        """Start bringing a tensor back (once)."""
+    def fetch(self, parked: OffloadedTensor) -> Handle:
+        """Start bringing a tensor back (once); afterwards its place in RAM is free."""
         key = weakref.ref(parked)
         if key in self._coming:
-            return
+            return self._coming[key][1]
         for other, (_, handle) in list(self._coming.items()):
             if other() is None and handle.is_complete:  # of a backward that never came to it
                 del self._coming[other]
@@ -107,13 +114,14 @@ class TensorOffload:
         )
         self._coming[key] = (target, handle)
         self._metrics.add("h2d_bytes", target.nbytes)
+        return handle
 
     def take(self, parked: OffloadedTensor) -> torch.Tensor:
         """The tensor on the device again; the current stream waits for it, and its place in RAM is free."""
         self.fetch(parked)
         target, handle = self._coming.pop(weakref.ref(parked))
         handle.wait_stream()
-        if parked.release.detach() is not None:
+        if parked.release is not None and parked.release.detach() is not None:
             self._give_back(parked.buffer, handle)
         return target
 

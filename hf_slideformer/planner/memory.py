@@ -96,6 +96,9 @@ class MemoryModel:
         self.workload = workload
         self._block = _BLOCK_BYTES if workload.on_gpu else 1
         layouts, moments = workload.layouts, workload.moments
+        self._trainable = sum(
+            segment.spec.trainable for layout in layouts for segment in layout.segments
+        ) + sum(spec.trainable for spec in workload.outside)
         self._specs = [[segment.spec for segment in layout.segments] for layout in layouts]
         self._slot = [self._on_gpu(layout.weight_bytes) for layout in layouts]
         # Resident units: each parameter is a tensor of its own, as outside of units.
@@ -195,6 +198,8 @@ class MemoryModel:
         if workload.profile is not None and workload.training:
             state["held outside of units"] = workload.profile.held_bytes
             state["cuBLAS workspaces"] = CUBLAS_BYTES if workload.on_gpu else 0
+            # The sum of squares of each gradient waits on the GPU for the norm.
+            state["squared norms"] = self._on_gpu(8) * self._trainable if workload.on_gpu else 0
         return state
 
     def _streamed(self, decisions: Decisions) -> list[int]:
@@ -317,10 +322,14 @@ class MemoryModel:
         largest = max((self._grad_bytes[unit] for unit in streamed), default=0)
         items.append(Item("RAM", "gradient staging", decisions.staging_buffers * _pages(largest), on_gpu))
         if workload.profile is not None:
+            # An input waits where the unit's gradient will come, if there is such a place.
+            places = dict.fromkeys(streamed, 0)
+            if not workload.overlapped and not workload.fp32_sums:
+                places |= {unit: self._ram_gradients[unit] for unit in streamed if self._grad_bytes[unit]}
             inputs = sum(
-                _pages(unit.boundary_bytes)
-                for unit, policy in zip(workload.profile.units, decisions.activations, strict=True)
-                if policy == "offload"
+                max(0, _pages(profile.boundary_bytes) - places.get(unit, 0))
+                for unit, profile in enumerate(workload.profile.units)
+                if decisions.activations[unit] == "offload"
             )
             items.append(Item("RAM", "inputs of units", inputs, on_gpu))
         if decisions.outside_state == "RAM":

@@ -21,7 +21,8 @@ class UnitProfile:
         forward_bytes: the most that is allocated at once in a forward that saves nothing, beyond the boundary; the
             unit's output is part of it.
         backward_bytes: the most that is allocated at once in backward, beyond the boundary and `saved_bytes`:
-            gradients of intermediates, of the output and of the input. Gradients of parameters are not in it.
+            gradients of intermediates, of the output and of the input. Gradients of parameters are planned as if all were
+            there from the start, and are not in it.
         forward_flops: floating-point operations of the matrix products (attention included) in one forward.
         forward_traffic: bytes that all other operations of a forward read and write.
         recompute_share: part of `forward_flops` that a recompute repeats; it stops when it has collected the last
@@ -46,9 +47,10 @@ class ModelProfile:
         seq_len: tokens of a sequence.
         units: in forward order, one for each unit of the model.
         held_bytes: allocated outside of units and held from forward to the end of backward: inputs, masks, rotary
-            embeddings, what embedding and final norm save.
-        loss_bytes: the most that head and loss allocate at once on top, from the head's forward to the end of its
-            backward; the head's gradient in its final dtype, which is counted with the gradients, is not in it.
+            embeddings, what the embedding saves.
+        loss_bytes: the most that everything after the last unit (its output, final norm, head, loss) allocates at once
+            on top; gradients of parameters outside of units that come with the loss are planned beside it as if all
+            were there.
         loss_flops: floating-point operations of the head's three products.
         loss_traffic: bytes that the rest of the loss reads and writes.
         source: "traced", or "estimated" where the model's code could not be traced.

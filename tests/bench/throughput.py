@@ -469,6 +469,7 @@ def slide_plan(trainer) -> dict:
     plan, engine = trainer.slide.plan, trainer.slide.engine
     return {
         "plan": plan.as_dict(),
+        "host_bytes": engine.host_bytes,
         "host_state_bytes_per_param": engine.host_state_bytes / plan.host_params
         if plan.host_params
         else None,

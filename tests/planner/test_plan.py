@@ -155,14 +155,29 @@ def test_activations_are_part_of_the_plan_where_they_are_known():
         "inputs of units": 2,
         "activations of one unit": 6,
         "temporary memory of kernels": 5,
+        "squared norms": 3 * 512 / MIB,
     }
     assert "come on top" not in str(plan) and "come on top" in str(_plan())
 
 
+def _offloaded(**changes):
+    workload = _workload(**changes)
+    plan = _plan(Decisions.streamed(workload, activations="offload"), **changes)
+    return {item.what: item for item in plan.items if item.tier == "RAM"}
+
+
 def test_offloaded_inputs_are_in_pinned_ram():
-    plan = _plan(Decisions.streamed(_workload(), activations="offload"), profile=PROFILE)
-    in_ram = {item.what: item for item in plan.items if item.tier == "RAM"}
-    assert in_ram["inputs of units"].nbytes == 2 * MIB and in_ram["inputs of units"].pinned
+    inputs = _offloaded(profile=PROFILE, overlapped=True)["inputs of units"]
+    assert inputs.nbytes == 2 * MIB and inputs.pinned
+    assert _offloaded(profile=PROFILE, micro_batches=2)["inputs of units"].nbytes == 2 * MIB
+
+
+def test_an_input_waits_where_the_gradient_will_come():
+    """Two units with 1 and 2 MiB of gradients, and inputs of 1.5 MiB each."""
+    units = tuple(dataclasses.replace(unit, boundary_bytes=3 * MIB // 2) for unit in PROFILE.units)
+    in_ram = _offloaded(profile=dataclasses.replace(PROFILE, units=units))
+    assert in_ram["inputs of units"].nbytes == MIB // 2
+    assert in_ram["gradients"].nbytes == 3 * MIB
 
 
 def test_evaluation_needs_weights_only():
