@@ -349,6 +349,8 @@ class SlideEngine:
         for state in self.states:
             if state.unit is None and state.spec.trainable and not state.moments:
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
+        if self.overlapped and self._optimizer is None:
+            self._update_residents_in_backward()
         self._optimizer = optimizer
         optimizer.bind(self)
         self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
@@ -574,29 +576,27 @@ class SlideEngine:
 
     def _step_residents(self) -> None:
         """Update what autograd fills the gradients of: on the device, or in RAM for weights on the device."""
-        threads = self._threads if self.device.type == "cpu" else None
         in_ram = []
+        self.wait_outside()
         for state in self.states:
             grad = state.param.grad
             if state.unit is None and grad is not None and state.order in self._group_of:
                 self._check_used_once(state)
                 if state.updated_in_ram:
                     in_ram.append(state)
-                else:
-                    state.check_outside_write()
-                    state.step += 1
-                    apply_update(
-                        state.weight,
-                        state.residual,
-                        grad.contiguous(),
-                        state.moments,
-                        self._hyperparams(state).scalars(state.step),
-                        self._scale_of(state),
-                        threads,
-                    )
-                # So that autograd's own check finds a graph that was built on the old weights.
-                torch.autograd.graph.increment_version(state.param)
-                state.version = state.param._version
+                    continue
+                state.check_outside_write()
+                state.step += 1
+                apply_update(
+                    state.weight,
+                    state.residual,
+                    grad.contiguous(),
+                    state.moments,
+                    self._hyperparams(state).scalars(state.step),
+                    self._scale_of(state),
+                    threads,
+                )
+                self._note_update(state)
                 self._used[state.order] = (weakref.ref(grad), grad._version)
         if in_ram:
             outside = self._outside
@@ -607,6 +607,16 @@ class SlideEngine:
                 in_ram,
                 self._guarded(lambda: update_unit(memory, buffer, memory.grads_fp32, runs, self._threads)),
             )
+            for state in in_ram:
+                self._note_update(state)
+                # Detached like streamed gradients: zero_grad(set_to_none=False) must not reach one on its way to RAM.
+                state.param.grad = None
+
+    @staticmethod
+    def _note_update(state: ParamState) -> None:
+        """Let autograd's own check find a graph that was built on the old weights."""
+        torch.autograd.graph.increment_version(state.param)
+        state.version = state.param._version
 
     def _enqueue_update(self, unit: Unit) -> None:
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.

@@ -342,6 +342,10 @@ class Gradients:
         assert grad is not None
         return sum_of_squares(grad.detach().contiguous())
 
+    def note_norm(self, state: ParamState, grad: torch.Tensor) -> None:
+        """Take the sum of squares of a gradient that is about to be used up."""
+        self._squares[state.order] = (sum_of_squares(grad.contiguous()), None)
+
     def landed(self, state: ParamState) -> bool:
         """Whether the parameter has a gradient in this step (pending or already used by an overlapped update)."""
         return state.param.grad is not None or (self._overlapped and state.order in self._squares)

@@ -47,9 +47,13 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
             local if path.is_file() else source, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers, hub and the model's own checks raise many kinds
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{source!r} comes with code of its own; if you trust it, let it run (--trust-remote-code)"
+            ) from error
         raise ConfigError(
-            f"cannot read the configuration of {source!r}: {_reason(error)} (MODEL is a directory with a config.json, "
-            "such a file, or a hub id)"
+            f"cannot read the configuration of {source!r} (a directory with a config.json, such a file, or a hub id): "
+            f"{_reason(error)}"
         ) from error
     return config
 
@@ -71,8 +75,7 @@ def model_without_data(config: Any, *, dtype: torch.dtype, trust_remote_code: bo
             )
     except Exception as error:
         raise ConfigError(
-            f"cannot build a {auto_class.__name__} from this {type(config).__name__} without its weights: "
-            f"{_reason(error)}"
+            f"cannot build the model of this {type(config).__name__} without its weights: {_reason(error)}"
         ) from error
     return model
 

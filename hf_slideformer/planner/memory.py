@@ -257,7 +257,8 @@ class MemoryModel:
             )
             kept -= self._saved[unit] if keeps[unit] else 0
             if unit in resident:
-                staying += 0 if fp32_sums else self._fresh[unit]
+                # Sums are there already; overlapped updates use a gradient up at once.
+                staying += 0 if fp32_sums or self.workload.overlapped else self._fresh[unit]
             else:
                 moving = moving[1 - _MOVING :]
         staying += self._late_fresh if fp32_sums else self._late

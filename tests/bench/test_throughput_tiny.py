@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from . import check_plan
+
 SCRIPT = Path(__file__).with_name("throughput.py")
 ROOT = SCRIPT.parents[2]
 # What pytest's `pythonpath` gives this process, for the script's.
@@ -58,6 +60,7 @@ MAY_BE_NULL = {
     "gpu_peak_allocated_bytes",
     "gpu_peak_reserved_bytes",
     "bytes_moved",
+    "host_bytes",
     "host_state_bytes_per_param",
     "slide_metrics",
     "plan",
@@ -105,6 +108,15 @@ def test_baseline_row(baseline_row):
     check_row(baseline_row)
     assert baseline_row["config"]["placement"] is None
     assert baseline_row["slide_metrics"] is None
+
+
+def test_the_plan_of_a_row_is_right(tmp_path):
+    """`auto` placement on a part of this machine's RAM, as check_plan.py compares it."""
+    (row,) = rows_of(tmp_path, "--placement", "auto", "--slide", "gpu_memory=64MiB")
+    check_row(row)
+    assert row["plan"]["prediction"]["step_s"] > 0
+    text, _ = check_plan.compare(row)  # times of a tiny model on a shared machine say nothing
+    assert "RAM" in text and "WRONG" not in text.split("step")[0]
 
 
 def test_slide_row(slide_row):

@@ -223,6 +223,7 @@ RESULT_KEYS = (
     "gpu_peak_allocated_bytes",
     "gpu_peak_reserved_bytes",
     "bytes_moved",
+    "host_bytes",
     "host_state_bytes_per_param",
     "slide_metrics",
     "plan",

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from hf_slideformer import SlideConfig
 from hf_slideformer.errors import StateError
 
-from .loop import assert_same_bits, decide, prepare, tiny_llama, train
+from .loop import assert_same_bits, batches, decide, prepare, tiny_llama, train
 
 ALL = range(6)
 
@@ -152,3 +153,30 @@ def test_an_interrupted_backward_leaves_the_engine_usable():
     run.engine.reset()
     del loss
     assert_same_bits(train(run, 2), train(prepare(tiny_llama()), 2))
+
+
+def test_overlapped_updates_use_up_the_gradients_of_resident_units():
+    run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"), decisions=decide(resident=(0, 1, 2)))
+    run.model.train()
+    norm = train(prepare(tiny_llama()), 1, max_norm=float("inf")).norms[0]
+    tokens = batches(1)[0]
+    _forward(run, tokens).backward()
+    pending = {state.name for state in run.engine.states if state.param.grad is not None}
+    assert pending == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    assert run.engine.clip_grad_norm_(run.model.parameters(), float("inf")).item() == norm
+    with pytest.raises(
+        StateError, match=r"second gradient since the last step|overlapped updates need exactly"
+    ):
+        _forward(run, tokens).backward()
+
+
+def test_a_write_between_steps_reaches_the_master_in_ram():
+    """A weight on the device whose master is in RAM: what the user writes counts, residual and all."""
+    results = []
+    for decisions in (decide(), decide(outside_state="RAM")):
+        run = train(prepare(tiny_llama(), decisions=decisions), 2)
+        with torch.no_grad():
+            run.model.lm_head.weight.mul_(0.5)
+            run.model.model.embed_tokens.weight[3].zero_()
+        results.append(train(run, 2, seed=8))
+    assert_same_bits(*results)
