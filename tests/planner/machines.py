@@ -70,8 +70,8 @@ def llama_profile(
         forward_bytes=row * (3 * hidden + 3 * inner),
         backward_bytes=row * (3 * hidden + 2 * inner),
         forward_flops=products + attention,
-        # Norms and sums (10 hidden), rotary embeddings, SwiGLU (read two, write one).
-        forward_traffic=row * (12 * hidden + 4 * kv + 3 * inner),
+        # As traced: norms, sums, rotary embeddings, SwiGLU, copies to other layouts.
+        forward_traffic=row * (24 * hidden + 12 * kv + 4.5 * inner),
         recompute_share=1 - 2 * tokens * inner * hidden / (products + attention),
     )
     logits = min(tokens * vocabulary * 2, GIB)
@@ -82,7 +82,7 @@ def llama_profile(
         held_bytes=row * 2 * hidden + 2 * row * 128,
         loss_bytes=4 * vocabulary * hidden + logits + 4 * tokens * hidden,
         loss_flops=6 * tokens * hidden * vocabulary,
-        loss_traffic=3 * 2 * tokens * vocabulary,
+        loss_traffic=18.5 * tokens * vocabulary + 6 * vocabulary * hidden,  # as traced
     )
 
 

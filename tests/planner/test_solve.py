@@ -64,7 +64,8 @@ def test_llama_8b_on_an_h100(batch_size, clipped, unclipped):
         workload, budgets = llama(batch_size, overlapped=overlapped), _h100_budgets()
         plan = solve(workload, H100, budgets)
         assert plan.prediction.tokens_per_s >= aim
-        assert 0 < len(plan.decisions.resident) < 32 and plan.decisions.kept > 0
+        assert 0 < len(plan.decisions.resident) < 32
+        assert plan.decisions.kept > 0 or overlapped
         assert max(_used(plan, workload, budgets)) <= 0
         assert plan.decisions.resident == tuple(range(len(plan.decisions.resident)))
 
