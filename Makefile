@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -18,6 +19,9 @@ PIP_INSTALL := -m pip install --disable-pip-version-check -qq
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
+# Tests of one file stay in one process, which shares what they set up.
+PARALLEL := -n $(JOBS) --dist loadfile
+
 .PHONY: help demo test test-gpu test-oldest bench docs check format clean FORCE
 .DELETE_ON_ERROR:
 
@@ -29,7 +33,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.test
-	$(OFFLINE) $(BIN)/python -m pytest $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-gpu: $(VENV)/.test $(VENV)/.gpu
 	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
@@ -41,7 +45,7 @@ test-gpu: $(VENV)/.test $(VENV)/.gpu
 SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row tests/kernels/test_gpu.py \
 	tests/kernels/test_cross_entropy.py::test_all_kernels_compile_for_all_targets
 test-oldest: $(OLDEST)/.test
-	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(wildcard tests/parity) $(SMOKE) $(ARGS)
+	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(PARALLEL) $(wildcard tests/parity) $(SMOKE) $(ARGS)
 
 bench: $(VENV)/.test $(VENV)/.gpu
 	$(OFFLINE) $(BIN)/python tests/bench/throughput.py --out outputs/throughput.jsonl $(ARGS)

@@ -1,4 +1,4 @@
-"""What every test runs under: no hub, two threads at most, and GPU tests only where there is a GPU."""
+"""What every test runs under: no hub, two threads in all, and GPU tests only where there is a GPU."""
 
 import os
 
@@ -7,11 +7,16 @@ for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Under pytest-xdist several processes share the cores; scripts that tests start count as well.
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+threads = max(1, min(2, os.cpu_count() or 1) // workers)
+if workers > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items):

@@ -75,7 +75,7 @@ def test_sources(tmp_path):
         assert SlideConfig.of(source) == SlideConfig()
 
 
-@pytest.mark.parametrize("source", [3, ["update"], object()], ids=repr)
+@pytest.mark.parametrize("source", [3, ["update"], object()], ids=["number", "list", "object"])
 def test_other_sources_are_refused(source):
     with pytest.raises(ConfigError, match=rf"dict, YAML path or None, got {type(source).__name__}"):
         SlideConfig.of(source)
