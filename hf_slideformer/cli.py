@@ -7,7 +7,9 @@ stderr. What a subcommand needs is imported when it runs, so that `--help` does 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import logging
 import math
 import re
 import sys
@@ -20,17 +22,18 @@ from .config import SlideConfig, parse_bytes
 from .errors import ConfigError, PlanError, SlideFormerError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from .engine.batch_shape import BatchShape
+    from .engine.blueprint import Blueprint
+    from .engine.planning import Planned
     from .hardware import Hardware
     from .planner.disk import DiskShare
     from .planner.plan import Plan
     from .planner.workload import Budgets
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_ARGUMENTS, EXIT_DOES_NOT_FIT = 0, 1, 2, 3
-
-# What `slideformer plan` takes for the longest sequence if nothing else is said and the model can take as much.
-DEFAULT_SEQ_LEN = 4096
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +87,7 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seq-len",
         metavar="N",
-        help=f"tokens of the longest sequence (default: {DEFAULT_SEQ_LEN}, or what the model can take if less)",
+        help="tokens of the longest sequence (default: 4096, or what the model can take if that is less)",
     )
     parser.add_argument(
         "--batch-size", metavar="N", default="1", help="sequences of a micro-batch (default: 1)"
@@ -120,6 +123,7 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
     settings.add_argument(
         "--dtype", metavar="bf16|fp32", default="bf16", help="of the weights and of computing (default: bf16)"
     )
+    settings.add_argument("--liger", action="store_true", help="plan for use_liger_kernel=True")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=_plan)
@@ -127,90 +131,63 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     wanted = _Training.of(options)
-    import torch
     import transformers
 
-    from .engine.batch_shape import BatchShape
-    from .engine.blueprint import Blueprint
-    from .engine.model_source import load_config, max_positions, model_without_data
-    from .engine.planning import plan_for, profiler
-    from .planner.disk import share_with_disk
+    from .engine.planning import plan_for
 
+    # Retries and deprecations would bury the one line that says what is wrong.
     transformers.logging.set_verbosity_error()
-    hardware, budgets, notes = _machine(options)
-    trust = options.trust_remote_code
-    config = load_config(options.model, trust_remote_code=trust)
-    bf16 = wanted.dtype == "bf16"
-    model = model_without_data(
-        config, dtype=torch.bfloat16 if bf16 else torch.float32, trust_remote_code=trust
-    )
-    longest = max_positions(config)
-    seq_len = wanted.settings.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
-    given = "--seq-len says" if wanted.settings.seq_len else "this command takes it without --seq-len"
-    shape = BatchShape(wanted.batch_size, seq_len, f"sequences of up to {seq_len:,} tokens, as {given}")
-    if longest is not None and seq_len > longest:
-        notes.append(f"the model says that it takes {longest:,} tokens at most; the plan is for {seq_len:,}")
-    if getattr(config, "quantization_config", None) is not None:
-        notes.append(f"the checkpoint is quantized; this plan is for its weights loaded in {wanted.dtype}")
-    device = torch.device("cuda" if hardware.gpu else "cpu")
-    blueprint = Blueprint.of(
-        model,
-        bf16=bf16,
-        config=wanted.settings,
-        micro_batches=wanted.micro_batches,
-        overlap_is_exact=wanted.max_grad_norm == 0 and wanted.micro_batches == 1,
-        on_gpu=hardware.gpu is not None,
-    )
-    about = _About(options.model, model, hardware, wanted, shape.seq_len)
-    wishes = {"placement": wanted.settings.placement, "activations": wanted.settings.activations}
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    asked = _Asked.of(options, wanted)
     try:
         planned = plan_for(
-            model,
-            blueprint,
-            device=device,
-            bf16=bf16,
+            asked.model,
+            asked.blueprint,
+            device=asked.device,
+            bf16=wanted.bf16,
             config=wanted.settings,
-            shape=shape,
-            hardware=hardware,
-            budgets=budgets,
+            shape=asked.shape,
+            liger=asked.liger,
+            hardware=asked.hardware,
+            budgets=asked.budgets,
         )
     except PlanError as error:
-        share = None
-        if hardware.gpu and options.nvme is not None:
-            profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=seq_len)
-            workload = blueprint.workload(profile_for(wanted.batch_size), training=True)
-            share = share_with_disk(workload, budgets, **wishes)
-        return _refuse(about, error, share, asked=options.nvme is not None, as_json=options.json)
-    plan = replace(planned.plan, notes=(*planned.plan.notes, *notes))
-    advice = _advice(planned, hardware, budgets, wishes)
+        return _refuse(asked, error, as_json=options.json)
+    if wanted.nvme is not None:
+        asked.notes.append("it fits without a disk, where no state can lie yet")
+    plan = replace(planned.plan, notes=(*planned.plan.notes, *asked.notes))
+    advice = _advice(asked, planned)
     if options.json:
-        print(json.dumps({"fits": True, **about.as_dict(), **plan.as_dict(), "advice": advice}, indent=2))
+        print(json.dumps({"fits": True, **asked.as_dict(), **plan.as_dict(), "advice": advice}, indent=2))
     else:
-        print("\n".join([*about.lines(), plan_report(plan), *(f"  advice: {line}" for line in advice)]))
+        print("\n".join([*asked.lines(), plan_report(plan), *(f"  advice: {line}" for line in advice)]))
     return EXIT_OK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Training:
-    """What `slideformer plan` is asked to plan, checked before anything is loaded."""
+    """The training that is to be planned, and sizes of the machine in bytes; checked before anything is loaded."""
 
     settings: SlideConfig
+    gpu: int | None
+    ram: int | None
+    nvme: int | None
     batch_size: int
     micro_batches: int
     max_grad_norm: float
-    dtype: str
+    bf16: bool
+    liger: bool
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Training:
-        for name in ("gpu", "ram", "nvme"):
-            size = getattr(options, name)
-            if size is not None:
-                setattr(options, name, _size(f"--{name}", size))
+        gpu, ram, nvme = (_size(f"--{name}", getattr(options, name)) for name in ("gpu", "ram", "nvme"))
+        if options.liger and importlib.util.find_spec("liger_kernel") is None:
+            raise ConfigError("--liger needs Liger Kernel here: pip install liger-kernel")
         if options.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"--dtype must be bf16 or fp32, got {options.dtype!r}")
         settings = SlideConfig(
-            gpu_memory=options.gpu,
-            cpu_memory=options.ram,
+            gpu_memory=gpu,
+            cpu_memory=ram,
             placement=options.placement,
             activations=options.activations,
             optimizer_states=options.optimizer_states,
@@ -218,16 +195,29 @@ class _Training:
         )
         return cls(
             settings=settings,
+            gpu=gpu,
+            ram=ram,
+            nvme=nvme,
             batch_size=_count("--batch-size", options.batch_size),
             micro_batches=_count("--grad-accum", options.grad_accum),
             max_grad_norm=_norm(options.max_grad_norm),
-            dtype=options.dtype,
+            bf16=options.dtype == "bf16",
+            liger=options.liger,
         )
 
+    @property
+    def dtype(self) -> str:
+        return "bf16" if self.bf16 else "fp32"
 
-def _size(flag: str, text: str) -> int:
+    @property
+    def wishes(self) -> dict[str, str]:
+        """What the planner may not decide."""
+        return {"placement": self.settings.placement, "activations": self.settings.activations}
+
+
+def _size(flag: str, text: str | None) -> int | None:
     try:
-        return parse_bytes(text)
+        return None if text is None else parse_bytes(text)
     except ConfigError as error:
         raise ConfigError(f"{flag}: {error}") from None
 
@@ -252,50 +242,91 @@ def _norm(text: str) -> float:
     return value
 
 
-def _machine(options: argparse.Namespace) -> tuple[Hardware, Budgets, list[str]]:
-    """The machine with the sizes that were asked for, what may be used of it, and what to say about it."""
-    import torch
-
-    from .engine.planning import find_budgets
-    from .planner.workload import Budgets
-    from .probe import hardware_of_this_machine, named_hardware
-
-    notes = []
-    if options.hardware is not None:
-        hardware = named_hardware(options.hardware)
-        there = Budgets(gpu=hardware.gpu_bytes, ram=hardware.ram_bytes)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        hardware = hardware_of_this_machine(device)
-        there = find_budgets(SlideConfig(), device)
-        for flag, size, free in (
-            ("--gpu", options.gpu if hardware.gpu else None, there.gpu),
-            ("--ram", options.ram, there.ram),
-        ):
-            if size is not None and size > free:
-                notes.append(f"{flag} is more than the {_gib(free)} that are free on this machine")
-    ram = options.ram or there.ram
-    # Without a GPU, RAM stands in for it.
-    gpu = options.gpu or (there.gpu if hardware.gpu else ram)
-    sizes = {"gpu_bytes": gpu, "ram_bytes": ram}
-    if options.nvme is not None:
-        sizes["disk_bytes"] = options.nvme
-    return replace(hardware, **sizes), Budgets(gpu=gpu, ram=ram), notes
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _About:
-    """What was planned: the model, the machine and the training."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class _Asked:
+    """Everything that a plan is made from."""
 
     source: str
-    model: nn.Module
-    hardware: Hardware
     training: _Training
-    seq_len: int
+    hardware: Hardware
+    budgets: Budgets
+    model: nn.Module
+    blueprint: Blueprint
+    shape: BatchShape
+    notes: list[str]
 
     @property
-    def parameters(self) -> int:
-        return sum(param.numel() for param in self.model.parameters())
+    def liger(self) -> dict[str, bool] | None:
+        """What Trainer would hand to Liger Kernel: our loss head is used where it can be."""
+        if not self.training.liger:
+            return None
+        return {"fused_linear_cross_entropy": False} if self.blueprint.head.module is not None else {}
+
+    @classmethod
+    def of(cls, options: argparse.Namespace, training: _Training) -> _Asked:
+        import torch
+
+        from .engine.batch_shape import DEFAULT_SEQ_LEN, BatchShape
+        from .engine.blueprint import Blueprint
+        from .engine.model_source import load_config, max_positions, model_without_data
+
+        hardware, budgets, notes = _machine(options.hardware, training)
+        trust = options.trust_remote_code
+        config = load_config(options.model, trust_remote_code=trust)
+        dtype = torch.bfloat16 if training.bf16 else torch.float32
+        model = model_without_data(config, dtype=dtype, trust_remote_code=trust)
+        if getattr(config, "quantization_config", None) is not None:
+            notes.append(f"the checkpoint is quantized; this plan is for its weights in {training.dtype}")
+        longest = max_positions(config)
+        seq_len = training.settings.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
+        if longest is not None and seq_len > longest:
+            notes.append(
+                f"the model says that it takes {longest:,} tokens at most; the plan is for {seq_len:,}"
+            )
+        said = "as --seq-len says" if training.settings.seq_len else "the default of --seq-len"
+        blueprint = Blueprint.of(
+            model,
+            bf16=training.bf16,
+            config=training.settings,
+            micro_batches=training.micro_batches,
+            overlap_is_exact=training.max_grad_norm == 0 and training.micro_batches == 1,
+            on_gpu=hardware.gpu is not None,
+        )
+        return cls(
+            source=options.model,
+            training=training,
+            hardware=hardware,
+            budgets=budgets,
+            model=model,
+            blueprint=blueprint,
+            shape=BatchShape(training.batch_size, seq_len, f"sequences of up to {seq_len:,} tokens, {said}"),
+            notes=notes,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda" if self.hardware.gpu else "cpu")
+
+    def disk_share(self) -> DiskShare | None:
+        """What would lie on disk if it could; None if that would not help."""
+        from .engine.planning import profiler
+        from .planner.disk import share_with_disk
+
+        if not self.hardware.gpu:
+            return None
+        training = self.training
+        profile_for = profiler(
+            self.model,
+            self.blueprint,
+            device=self.device,
+            bf16=training.bf16,
+            seq_len=self.shape.seq_len,
+            liger=self.liger,
+        )
+        workload = self.blueprint.workload(profile_for(training.batch_size), training=True)
+        return share_with_disk(workload, self.budgets, **training.wishes)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -309,22 +340,59 @@ class _About:
             "hardware": self.hardware.as_dict(),
         }
 
+    @property
+    def parameters(self) -> int:
+        return sum(param.numel() for param in self.model.parameters())
+
     def lines(self) -> list[str]:
         """The headline, and what it was planned for."""
         hardware, training = self.hardware, self.training
         memory = f"{_gib(hardware.ram_bytes)} of RAM"
         if hardware.gpu:
             memory = f"{_gib(hardware.gpu_bytes)} of GPU memory, {memory}"
-        micro_batches = (
-            f", {training.micro_batches} micro-batches a step" if training.micro_batches > 1 else ""
-        )
+        elif training.gpu is not None:
+            memory += f", of which {_gib(hardware.gpu_bytes)} stand in for a GPU"
+        batch = f"micro-batches of {training.batch_size:,} x {self.shape.seq_len:,} tokens"
+        if training.micro_batches > 1:
+            batch += f", {training.micro_batches:,} a step"
         clipping = f"clipping at {training.max_grad_norm:g}" if training.max_grad_norm else "no clipping"
+        count = self.parameters
+        size = f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
         return [
-            f"{self.source} ({type(self.model).__name__}, {self.parameters / 1e9:,.2f} B parameters, {training.dtype}) "
-            f"on {hardware.name} ({hardware.source})",
-            f"  {memory}; micro-batches of {training.batch_size:,} x {self.seq_len:,} tokens{micro_batches}; {clipping}; "
-            f"{training.settings.optimizer_states} moments",
+            f"{self.source} ({type(self.model).__name__}, {size} parameters, {training.dtype}) on {hardware.name} "
+            f"({hardware.source})",
+            f"  {memory}; {batch}; {clipping}; {training.settings.optimizer_states} moments",
         ]
+
+
+def _machine(name: str | None, training: _Training) -> tuple[Hardware, Budgets, list[str]]:
+    """The machine with the sizes that were asked for, what may be used of it, and what to say about it."""
+    import torch
+
+    from .engine.planning import find_budgets
+    from .planner.workload import Budgets
+    from .probe import hardware_of_this_machine, named_hardware
+
+    notes = list[str]()
+    if name is not None:
+        hardware = named_hardware(name)
+        there = Budgets(gpu=hardware.gpu_bytes, ram=hardware.ram_bytes)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hardware = hardware_of_this_machine(device)
+        there = find_budgets(SlideConfig(), device)
+        for flag, size, free in (
+            ("--gpu", training.gpu if hardware.gpu else None, there.gpu),
+            ("--ram", training.ram, there.ram),
+        ):
+            if size is not None and size > free:
+                notes.append(f"{flag} is more than the {_gib(free)} that are free on this machine")
+    notes += hardware.notes
+    ram = training.ram or there.ram
+    # Without a GPU, RAM stands in for it.
+    gpu = training.gpu or (there.gpu if hardware.gpu else ram)
+    disk = training.nvme or hardware.disk_bytes
+    return replace(hardware, gpu_bytes=gpu, ram_bytes=ram, disk_bytes=disk), Budgets(gpu=gpu, ram=ram), notes
 
 
 def plan_report(plan: Plan) -> str:
@@ -352,29 +420,39 @@ def plan_report(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _advice(planned: Any, hardware: Hardware, budgets: Budgets, wishes: dict[str, str]) -> list[str]:
+def _advice(asked: _Asked, planned: Planned) -> list[str]:
     """What would be faster; each was tried."""
     from .planner.solve import advise
 
     if planned.profile is None:
         return [
-            "this machine has no GPU, so nothing is said of time; --hardware plans for one that has "
+            "nothing is said of time, because this machine has no GPU; --hardware plans for one that has "
             "(rtx4090-128gb, h100, ...)"
         ]
-    return list(advise(planned.workload, hardware, budgets, profile_for=planned.profile_for, **wishes))
+    return list(
+        advise(
+            planned.workload,
+            asked.hardware,
+            asked.budgets,
+            profile_for=planned.profile_for,
+            **asked.training.wishes,
+        )
+    )
 
 
-def _refuse(about: _About, error: PlanError, share: DiskShare | None, *, asked: bool, as_json: bool) -> int:
-    """Say that it does not fit, and what a disk would have to hold if that was asked."""
+def _refuse(asked: _Asked, error: PlanError, *, as_json: bool) -> int:
+    """Say that it does not fit, and what a disk would have to hold if --nvme asks that."""
     message = " ".join(str(error).split())
+    with_disk = asked.training.nvme is not None
+    share = asked.disk_share() if with_disk else None
     if as_json:
-        disk = {"disk": None if share is None else asdict(share)} if asked else {}
-        print(json.dumps({"fits": False, **about.as_dict(), "error": message, **disk}, indent=2))
+        disk = {"disk": None if share is None else asdict(share)} if with_disk else {}
+        print(json.dumps({"fits": False, **asked.as_dict(), "error": message, **disk}, indent=2))
         return EXIT_DOES_NOT_FIT
-    lines = [*about.lines(), "It does not fit."]
+    lines = [*asked.lines(), "It does not fit."]
     lines += [f"  {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", message)]
-    if asked:
-        lines += _disk_lines(about.hardware, share)
+    if with_disk:
+        lines += _disk_lines(asked.hardware, share)
     print("\n".join(lines))
     return EXIT_DOES_NOT_FIT
 
@@ -385,15 +463,21 @@ def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
             "With state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
         ]
     assert hardware.disk_bytes is not None, "given by --nvme"
-    enough = "which is enough" if share.disk_bytes <= hardware.disk_bytes else "which is not enough"
+    enough = "which fits" if share.disk_bytes <= hardware.disk_bytes else "which does not fit"
     units = share.resident + share.in_ram + share.on_disk
-    lines = [
-        "With state on disk (not available yet) it would lie",
-        f"  {'on the GPU':<12} {_gib(share.gpu_bytes):>14} of {_gib(hardware.gpu_bytes)}, {share.resident} of {units} "
-        "units with all their state",
-        f"  {'in RAM':<12} {_gib(share.ram_bytes):>14} of {_gib(hardware.ram_bytes)}, the state of {share.in_ram} units",
-        f"  {'on disk':<12} {_gib(share.disk_bytes):>14} of {_gib(hardware.disk_bytes)}, {enough}; the state of "
-        f"{share.on_disk} units",
+    places = (
+        (
+            "on the GPU",
+            share.gpu_bytes,
+            hardware.gpu_bytes,
+            f"{share.resident} of {units} units with all their state",
+        ),
+        ("in RAM", share.ram_bytes, hardware.ram_bytes, f"the state of {share.in_ram} units"),
+        ("on disk", share.disk_bytes, hardware.disk_bytes, f"the state of {share.on_disk} units, {enough}"),
+    )
+    lines = ["With state on disk (not available yet) it would lie"]
+    lines += [
+        f"  {place:<12} {_gib(held):>14} of {_gib(there)}: {what}" for place, held, there, what in places
     ]
     if hardware.disk_read and hardware.disk_write:
         read, write = share.seconds(hardware.disk_read, hardware.disk_write)

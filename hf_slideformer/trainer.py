@@ -152,7 +152,13 @@ class SlideTrainerMixin(_Trainer):
             bf16=bool(self.accelerator._slide_bf16),
             config=self._slide_config,
             shape=self.accelerator._slide_shape,
+            liger=self._liger_config() if self.args.use_liger_kernel else None,
         )
+
+    def _liger_config(self) -> dict[str, Any]:
+        """Liger's layers, and our loss head where it is used; Liger's own head on request."""
+        ours = {"fused_linear_cross_entropy": False} if self._fuses_loss() else {}
+        return {**ours, **(self.args.liger_kernel_config or {})}
 
     def _batch_shape(self) -> BatchShape:
         return find_batch_shape(
@@ -251,9 +257,8 @@ class SlideTrainerMixin(_Trainer):
         """As in Trainer; when it returns, every update is done."""
         self._check_model(self.model)
         given = self.args.liger_kernel_config
-        if self.args.use_liger_kernel and self._fuses_loss():
-            # Liger's layers, and our loss head; Liger's own head on request.
-            self.args.liger_kernel_config = {"fused_linear_cross_entropy": False, **(given or {})}
+        if self.args.use_liger_kernel:
+            self.args.liger_kernel_config = self._liger_config()
         try:
             result = super().train(*args, **kwargs)
         finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -37,6 +38,10 @@ class AllocationTracker(TorchDispatchMode):
 
     Args:
         workspace_bytes: bytes that an operator's kernel allocates inside and frees again, by operator and arguments.
+        seconds: how long it may take; None has no limit.
+
+    Raises:
+        TimeoutError: by any operator, after that time.
 
     Attributes:
         live: bytes now.
@@ -46,8 +51,12 @@ class AllocationTracker(TorchDispatchMode):
         traffic: bytes that all other operators read and write.
     """
 
-    def __init__(self, workspace_bytes: Callable[[Any, tuple], int] | None = None) -> None:
+    def __init__(
+        self, workspace_bytes: Callable[[Any, tuple], int] | None = None, seconds: float | None = None
+    ) -> None:
         super().__init__()
+        self._seconds = seconds
+        self._deadline = None if seconds is None else time.monotonic() + seconds
         self.live = 0
         self.peak = 0
         self.flops = 0.0
@@ -82,6 +91,8 @@ class AllocationTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise TimeoutError(f"its code takes more than {self._seconds:g} s to trace")
         inputs = _tensors((args, kwargs))
         for tensor in inputs:
             self._note(tensor, counts=False)

@@ -70,12 +70,22 @@ def _longest(dataset: Any) -> tuple[int, int, int] | None:
                 sample = get(index)
             except Exception:  # noqa: BLE001 - it will raise again where training reads it
                 return None
-            ids = sample.get("input_ids") if isinstance(sample, Mapping) else None
-            if ids is None or not hasattr(ids, "__len__"):
+            tokens = _tokens(sample.get("input_ids")) if isinstance(sample, Mapping) else None
+            if tokens is None:
                 return None
-            longest = max(longest, ids.shape[-1] if isinstance(ids, torch.Tensor) and ids.dim() else len(ids))
+            longest = max(longest, tokens)
             seen += 1
     return (longest, seen, total) if longest else None
+
+
+def _tokens(ids: Any) -> int | None:
+    """Length of one sample's `input_ids`, which may have a batch dimension in front; None if they have none."""
+    shape = getattr(ids, "shape", None)
+    if shape is not None:
+        return shape[-1] if len(shape) else None
+    if not hasattr(ids, "__len__"):
+        return None
+    return max(map(len, ids)) if len(ids) and isinstance(ids[0], (list, tuple)) else len(ids)
 
 
 def _spread(total: int) -> Iterator[int]:

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..config import SlideConfig
@@ -165,7 +166,8 @@ class SlideEngine:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
         self._model = weakref.ref(model)
-        self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker)
+        self._gradient_hooks: list[RemovableHandle] = []
+        self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker, self._gradient_hooks)
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -584,24 +586,12 @@ class SlideEngine:
                 self._check_used_once(state)
                 if state.updated_in_ram:
                     in_ram.append(state)
-                    continue
-                state.check_outside_write()
-                state.step += 1
-                apply_update(
-                    state.weight,
-                    state.residual,
-                    grad.contiguous(),
-                    state.moments,
-                    self._hyperparams(state).scalars(state.step),
-                    self._scale_of(state),
-                    threads,
-                )
-                self._note_update(state)
-                self._used[state.order] = (weakref.ref(grad), grad._version)
+                else:
+                    self._update_resident(state, grad)
+                    self._used[state.order] = (weakref.ref(grad), grad._version)
         if in_ram:
             outside = self._outside
             assert outside is not None and outside.memory.grads is not None
-            outside.wait_stream()
             memory, buffer, runs = outside.memory, outside.memory.grads, self._runs(in_ram)
             outside.step(
                 in_ram,
@@ -611,6 +601,43 @@ class SlideEngine:
                 self._note_update(state)
                 # Detached like streamed gradients: zero_grad(set_to_none=False) must not reach one on its way to RAM.
                 state.param.grad = None
+
+    def _update_resident(self, state: ParamState, grad: torch.Tensor) -> None:
+        state.check_outside_write()
+        state.step += 1
+        apply_update(
+            state.weight,
+            state.residual,
+            grad.contiguous(),
+            state.moments,
+            self._hyperparams(state).scalars(state.step),
+            self._scale_of(state),
+            self._threads if self.device.type == "cpu" else None,
+        )
+        self._note_update(state)
+
+    def _update_residents_in_backward(self) -> None:
+        """From now on gradients of resident units are used up, and their memory is free, as soon as they are there."""
+        for unit in self.executor.units:
+            for param in unit.found.parameters.values() if not unit.streamed else ():
+                if param.requires_grad:
+                    hook = _ModelHook(self, SlideEngine._use_up_gradient)
+                    self._gradient_hooks.append(param.register_post_accumulate_grad_hook(hook))
+
+    def _use_up_gradient(self, param: nn.Parameter) -> None:
+        state, grad = self._state_of[id(param)], param.grad
+        if grad is None or state.order not in self._group_of:
+            return
+        if state.order in self._overlapped_hyperparams:
+            raise StateError(
+                f"{state.name} got a second gradient since the last step, but overlapped updates had used the first; "
+                "use SlideConfig(update='deferred')"
+            )
+        assert self.gradients is not None
+        self.gradients.note_norm(state, grad)
+        self._overlapped_hyperparams[state.order] = self._hyperparams(state)
+        self._update_resident(state, grad)
+        param.grad = None
 
     @staticmethod
     def _note_update(state: ParamState) -> None:
@@ -854,7 +881,9 @@ class SlideEngine:
         self._finalizer()
 
 
-def _close(lanes: list[Lane], worker: UpdateWorker) -> None:
+def _close(lanes: list[Lane], worker: UpdateWorker, gradient_hooks: list[RemovableHandle]) -> None:
+    for hook in gradient_hooks:
+        hook.remove()
     for lane in lanes:
         lane.close()
     worker.close()

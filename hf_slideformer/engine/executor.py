@@ -214,7 +214,9 @@ class Executor:
         position = self.tape.record(unit.index)
         unit.forwards_since_step += 1
         keeps = unit.keeps_for(tensors)
-        if keeps and not unit.streamed:
+        # What all layers share (an encoder's output) would get its gradients summed in another order than where units
+        # stream, so such layers go the same way as those.
+        if keeps and not unit.streamed and sum(tensor.requires_grad for tensor in tensors) <= 1:
             self.lease(unit, self._following(unit))
             return unit.original_forward(*args, **kwargs)
         call = UnitCall(self, unit, leaves, spec, position, keeps)
@@ -432,8 +434,12 @@ class _UnitFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(out for out, edge in zip(outputs, call.edges, strict=True) if edge is None)
         )
-        # Saved for autograd's check that nobody changed the unit's inputs in place before its backward.
-        ctx.save_for_backward(*(t for position, t in enumerate(tensors) if position not in call.parked))
+        # Saved for autograd's check that nobody changed in place what backward needs: the unit's inputs, and those of
+        # its outputs that its own graph keeps too.
+        ctx.save_for_backward(
+            *(t for position, t in enumerate(tensors) if position not in call.parked),
+            *(out for out in outputs if call.saved.holds(out)),
+        )
         return outputs
 
     @staticmethod

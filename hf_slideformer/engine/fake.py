@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -58,6 +59,32 @@ def fake_copy(model: nn.Module, fakes: FakeTensorMode, dtypes: Mapping[int, torc
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     return copied.train()
+
+
+@contextlib.contextmanager
+def liger_applied(model: nn.Module, config: Mapping[str, Any] | None) -> Iterator[None]:
+    """Liger Kernel's layers in a copied model, and nowhere else once this ends; None applies nothing.
+
+    Liger replaces functions of the model's modules in Python too, which every other model of that family would see.
+    """
+    if config is None:
+        yield
+        return
+    from transformers.integrations.liger import apply_liger_kernel
+
+    classes = {
+        type(module) for module in model.modules() if type(module).__module__.startswith("transformers")
+    }
+    modules = {cls.__module__: sys.modules[cls.__module__] for cls in classes}
+    before = [(scope, dict(vars(scope))) for scope in (*modules.values(), *classes)]
+    try:
+        apply_liger_kernel(model, dict(config))
+        yield
+    finally:
+        for scope, names in before:
+            for name, value in names.items():
+                if vars(scope).get(name) is not value:
+                    setattr(scope, name, value)
 
 
 def _like(tensor: torch.Tensor, fakes: FakeTensorMode, dtype: torch.dtype) -> torch.Tensor:

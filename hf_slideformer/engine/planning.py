@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,6 +58,7 @@ def plan_for(
     config: SlideConfig,
     shape: BatchShape | None,
     training: bool = True,
+    liger: Mapping[str, Any] | None = None,
     decisions: Decisions | None = None,
     hardware: Hardware | None = None,
     budgets: Budgets | None = None,
@@ -71,6 +73,7 @@ def plan_for(
         config: the user's settings.
         shape: what is known of micro-batches; None plans no activations, and then every unit streams.
         training: whether there will be optimizer state and gradients.
+        liger: what Trainer will hand to Liger Kernel, if it is yet to be applied to the model.
         decisions: use these instead of the planner's.
         hardware: the machine that is planned for; None is this one.
         budgets: bytes that may be used; None takes what the settings allow of what is there.
@@ -92,7 +95,7 @@ def plan_for(
         )
     profile_for = None
     if training and shape is not None and limited:
-        profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len)
+        profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len, liger=liger)
         notes.append(f"planned for batch size {shape.batch_size:,}: {shape.source}")
     profile = profile_for(shape.batch_size) if profile_for is not None and shape is not None else None
     workload = blueprint.workload(profile, training=training)
@@ -113,7 +116,13 @@ def plan_for(
 
 
 def profiler(
-    model: nn.Module, blueprint: Blueprint, *, device: torch.device, bf16: bool, seq_len: int
+    model: nn.Module,
+    blueprint: Blueprint,
+    *,
+    device: torch.device,
+    bf16: bool,
+    seq_len: int,
+    liger: Mapping[str, Any] | None = None,
 ) -> Callable[[int], ModelProfile]:
     """The profile of a micro-batch by its number of sequences; arguments as for `plan_for`."""
 
@@ -126,6 +135,7 @@ def profiler(
             bf16=bf16,
             fused_loss=blueprint.head.module is not None,
             device_type=device.type,
+            liger=liger,
         )
 
     return profile_for

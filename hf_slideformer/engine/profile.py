@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,11 +23,12 @@ from accelerate.utils import convert_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
+from transformers.utils import is_liger_kernel_available
 
 from ..planner.profile import ModelProfile, UnitProfile
 from .allocations import AllocationTracker, block_bytes
 from .estimate import estimate_profile
-from .fake import cuda_workspace_bytes, fake_copy, on_fake_tensors
+from .fake import cuda_workspace_bytes, fake_copy, liger_applied, on_fake_tensors
 from .loss import defer_logits, find_head
 from .recompute import SavedActivations
 from .units import UnitModule, find_units, param_spec
@@ -39,6 +40,9 @@ except ImportError:  # versions that capture outputs in another way
 
 logger = logging.getLogger(__name__)
 
+# Models whose Python code loops over tokens would take minutes.
+_MOST_SECONDS = 15.0
+
 # Attributes in which layers of one kind differ.
 _INDEX_NAMES = ("idx", "index", "layer_id", "layer_number", "block_number")
 # Models whose loss wants one label for a sample.
@@ -46,7 +50,14 @@ _ONE_LABEL = ("SequenceClassification", "ImageClassification", "MultipleChoice")
 
 
 def profile_model(
-    model: nn.Module, *, batch_size: int, seq_len: int, bf16: bool, fused_loss: bool, device_type: str
+    model: nn.Module,
+    *,
+    batch_size: int,
+    seq_len: int,
+    bf16: bool,
+    fused_loss: bool,
+    device_type: str,
+    liger: Mapping[str, Any] | None = None,
 ) -> ModelProfile:
     """What `model` needs for one micro-batch, and what it computes.
 
@@ -60,6 +71,7 @@ def profile_model(
         bf16: mixed precision, as for `SlideEngine`: fp32 weights compute in bf16, under autocast.
         fused_loss: head and cross-entropy run fused where the engine can do that (`SlideConfig.loss`).
         device_type: "cuda" for what a GPU would allocate, on whatever machine this is; "cpu" for this CPU.
+        liger: what Trainer hands to Liger Kernel (`liger_kernel_config`), if it is yet to be applied to the model.
 
     Returns:
         The profile; `source` is "estimated" and `notes` has the reason where the code could not run without data.
@@ -71,7 +83,9 @@ def profile_model(
     dtypes = {
         id(param): param_spec(model, name, param, bf16=bf16).dtype for name, param in model.named_parameters()
     }
-    settings = _Settings(batch_size, seq_len, bf16, fused_loss, device_type)
+    if liger is not None and not is_liger_kernel_available():
+        liger = None  # training will say so
+    settings = _Settings(batch_size, seq_len, bf16, fused_loss, device_type, liger)
     try:
         return _traced(model, dtypes, settings)
     except Exception as error:
@@ -95,6 +109,7 @@ class _Settings:
     bf16: bool
     fused_loss: bool
     device_type: str
+    liger: Mapping[str, Any] | None
 
 
 # -- tracing -------------------------------------------------------------------------------------------------------
@@ -105,8 +120,13 @@ def _traced(model: nn.Module, dtypes: dict[int, torch.dtype], settings: _Setting
     for _ in range(2):
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
         copied = fake_copy(model, fakes, dtypes)
-        tracker = AllocationTracker(cuda_workspace_bytes if cuda else None)
-        with fakes, tracker, on_fake_tensors(tracker, cuda=cuda) as ambient:
+        tracker = AllocationTracker(cuda_workspace_bytes if cuda else None, seconds=_MOST_SECONDS)
+        with (
+            liger_applied(copied, settings.liger),
+            fakes,
+            tracker,
+            on_fake_tensors(tracker, cuda=cuda) as ambient,
+        ):
             profile = _run(copied, tracker, settings, ambient)
         if tracker.live == tracker.nbytes(param.grad for param in copied.parameters()):
             break

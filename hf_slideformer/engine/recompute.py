@@ -98,6 +98,15 @@ class SavedActivations:
             self._values.append(tensor)
         self._kept = []
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether the memory of `tensor` is that of a kept one."""
+        memory = tensor.untyped_storage().data_ptr()
+        return any(
+            entry[0].untyped_storage().data_ptr() == memory
+            for entry in self._kept
+            if not isinstance(entry, _WeightPlace)
+        )
+
     def check_unspent(self) -> None:
         """Raise `StateError` if backward has been here."""
         if self._spent:

@@ -62,7 +62,9 @@ class TensorOffload:
         self._to_host, self._to_device = to_host, to_device
         self._metrics = metrics
         self._pin = pin
-        self._lock = threading.Lock()  # forward runs on the user's thread, backward on autograd's
+        # Forward runs on the user's thread, backward on autograd's. Reentrant: a garbage collection inside may end the
+        # life of a tensor whose buffer then comes back.
+        self._lock = threading.RLock()
         # Free buffers, with the handle of the copy that read them last.
         self._free: list[tuple[HostBuffer, Handle]] = []
         self._leaving: collections.deque[tuple[Handle, torch.Tensor, int, str]] = collections.deque()

@@ -94,17 +94,27 @@ def _share(
 ) -> DiskShare | None:
     gpu, ram = memory.gpu_peak(decisions), memory.ram_train(decisions)
     stand_in = 0 if workload.on_gpu else gpu
-    sizes = [state_bytes(workload, layout) for layout in workload.layouts[len(decisions.resident) :]]
+    streamed = range(len(decisions.resident), len(workload.layouts))
+    sizes = [state_bytes(workload, workload.layouts[unit]) for unit in streamed]
+    inputs = [_input_among_gradients(workload, decisions, unit) for unit in streamed]
     on_disk = disk = 0
     if ram + stand_in > budgets.ram:
         ram += _MOVING_UNITS * max(sizes, default=0)
         while ram + stand_in > budgets.ram and on_disk < len(sizes):
             on_disk += 1
             disk += sizes[-on_disk]
-            ram -= sizes[-on_disk]
+            ram -= sizes[-on_disk] - inputs[-on_disk]
         if ram + stand_in > budgets.ram:
             return None
     return DiskShare(gpu, ram, disk, len(decisions.resident), len(sizes) - on_disk, on_disk)
+
+
+def _input_among_gradients(workload: Workload, decisions: Decisions, unit: int) -> int:
+    """Bytes of a unit's offloaded input that wait where its gradient will be; they stay in RAM without that place."""
+    waits = decisions.activations[unit] == "offload" and not workload.overlapped and not workload.fp32_sums
+    if not waits or workload.profile is None:
+        return 0
+    return min(workload.profile.units[unit].boundary_bytes, workload.layouts[unit].grad_bytes)
 
 
 def state_bytes(workload: Workload, layout: UnitLayout) -> int:

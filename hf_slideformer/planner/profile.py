@@ -21,8 +21,8 @@ class UnitProfile:
         forward_bytes: the most that is allocated at once in a forward that saves nothing, beyond the boundary; the
             unit's output is part of it.
         backward_bytes: the most that is allocated at once in backward, beyond the boundary and `saved_bytes`:
-            gradients of intermediates, of the output and of the input. Gradients of parameters are planned as if all were
-            there from the start, and are not in it.
+            gradients of intermediates, of the output and of the input. Gradients of parameters are planned as if all
+            were there from the start, and are not in it.
         forward_flops: floating-point operations of the matrix products (attention included) in one forward.
         forward_traffic: bytes that all other operations of a forward read and write.
         recompute_share: part of `forward_flops` that a recompute repeats; it stops when it has collected the last

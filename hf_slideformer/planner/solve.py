@@ -21,7 +21,7 @@ from .profile import ModelProfile
 from .timeline import Durations, predict, shortest_step_s, step_seconds
 from .workload import DEFAULT_SLOTS, MIN_SLOTS, Budgets, Decisions, Workload
 
-# Predicted times that differ by less are alike; the plan with fewer bytes is taken.
+# Predicted times that differ by less are alike.
 TIE = 0.002
 
 # Slots to choose from. The fewest, which leave no room for copies that come in bursts, serve where nothing else fits.
@@ -196,14 +196,14 @@ class _Search:
         workload, budgets = self.question.workload, self.question.budgets
         return not missing_bytes(workload, budgets, self.memory.gpu_peak(decisions), 0)["GPU"]
 
-    def missing(self, decisions: Decisions) -> dict[str, int]:
-        """Bytes by which loading or training exceeds the budgets, by tier."""
+    def missing(self, decisions: Decisions, peaks: tuple[int, int] | None = None) -> dict[str, int]:
+        """Bytes by which loading or training exceeds the budgets, by tier; `peaks` are those of training."""
         workload, budgets, memory = self.question.workload, self.question.budgets, self.memory
         short = [
             missing_bytes(workload, budgets, gpu, ram)
             for gpu, ram in (
                 (memory.gpu_load(decisions), memory.ram_load(decisions)),
-                (memory.gpu_peak(decisions), memory.ram_train(decisions)),
+                peaks or (memory.gpu_peak(decisions), memory.ram_train(decisions)),
             )
         ]
         return {tier: max(one[tier] for one in short) for tier in ("GPU", "RAM")}
@@ -231,32 +231,39 @@ class _Search:
         )
 
         def shortfall(decisions: Decisions) -> tuple[int, int, int]:
-            missing = self.missing(decisions)
-            peaks = self.memory.gpu_peak(decisions) + self.memory.ram_train(decisions)
-            return missing["GPU"], missing["RAM"], peaks
+            peaks = self.memory.gpu_peak(decisions), self.memory.ram_train(decisions)
+            missing = self.missing(decisions, peaks)
+            return missing["GPU"], missing["RAM"], sum(peaks)
 
         return min(tried, key=shortfall)
 
 
 def _fastest(question: _Question, found: Sequence[_Candidate]) -> _Candidate:
-    """The candidate with the shortest step; of those that are alike the one with the fewest bytes."""
+    """The candidate with the shortest step; of those that are alike the one with most units on the GPU.
+
+    What stays there depends least on how right the rates of link and update are. After that fewer bytes count.
+    """
     if len(found) == 1:
         return found[0]
+
+    def rank(one: _Candidate) -> tuple[int, int]:
+        return -len(one.decisions.resident), one.nbytes
+
     times = Durations.of(question.workload, question.hardware)
-    bounds = [(shortest_step_s(times, one.decisions, one.pageable), one.nbytes, one) for one in found]
+    bounds = [(shortest_step_s(times, one.decisions, one.pageable), rank(one), one) for one in found]
     bounds.sort(key=lambda entry: entry[:2])
     simulated: list[tuple[float, _Candidate]] = []
-    best_s, fewest = float("inf"), 0
-    for bound, nbytes, candidate in bounds:
+    best_s, best_rank = float("inf"), (0, 0)
+    for bound, ranked, candidate in bounds:
         if bound > best_s * (1 + TIE):
             break
-        if bound >= best_s * (1 - TIE) and nbytes >= fewest:
-            continue  # neither faster nor smaller
+        if bound >= best_s * (1 - TIE) and simulated and ranked >= best_rank:
+            continue  # neither faster nor to be preferred
         simulated.append((step_seconds(times, candidate.decisions, candidate.pageable), candidate))
         best_s = min(seconds for seconds, _ in simulated)
-        fewest = min(one.nbytes for seconds, one in simulated if seconds <= best_s * (1 + TIE))
+        best_rank = min(rank(one) for seconds, one in simulated if seconds <= best_s * (1 + TIE))
     alike = [one for seconds, one in simulated if seconds <= best_s * (1 + TIE)]
-    return min(alike, key=lambda one: one.nbytes)
+    return min(alike, key=rank)
 
 
 # -- what to change ----------------------------------------------------------------------------------------------

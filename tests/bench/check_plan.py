@@ -46,7 +46,9 @@ def compare(row: dict) -> tuple[str, bool]:
             f"bound by {prediction['bound_by']}" + ("" if fits else " WRONG")
         )
     clipping = f"clip {config['max_grad_norm']:g}" if config["max_grad_norm"] else "no clipping"
-    name = f"{config['shape']} b{config['batch_size']} x {config['seq_len']}, {clipping}, {config['placement']}"
+    name = (
+        f"{config['shape']} b{config['batch_size']} x {config['seq_len']}, {clipping}, {config['placement']}"
+    )
     speed = f"{row['tokens_per_s']:,.0f} tok/s"
     return f"{name}: {speed}; {'; '.join(parts)}", right
 

@@ -23,7 +23,9 @@ def profile(model: nn.Module, **overrides) -> ModelProfile:
 
 def profile_of_real_run(model: nn.Module, **overrides) -> ModelProfile:
     """The same figures from real tensors with real numbers in them."""
-    settings = dict(batch_size=2, seq_len=16, bf16=True, fused_loss=False, device_type="cpu") | overrides
+    settings = (
+        dict(batch_size=2, seq_len=16, bf16=True, fused_loss=False, device_type="cpu", liger=None) | overrides
+    )
     copied = as_computed(model, bf16=settings["bf16"])
     tracker = AllocationTracker()
     with tracker:

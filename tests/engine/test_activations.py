@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration, set_seed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_slideformer import SlideConfig
@@ -180,3 +181,64 @@ def test_a_write_between_steps_reaches_the_master_in_ram():
             run.model.model.embed_tokens.weight[3].zero_()
         results.append(train(run, 2, seed=8))
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_may_be_zeroed_in_place_while_they_are_sent_to_ram(accumulates):
+    results = []
+    for decisions in (decide(), decide(outside_state="RAM")):
+        run = prepare(
+            tiny_llama(), accumulates=accumulates, decisions=decisions, delays={"d2h": lambda _: 0.01}
+        )
+        run.model.train()
+        for tokens in batches(3):
+            _forward(run, tokens).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=False)
+        run.engine.synchronize()
+        results.append(run)
+    assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("resident", [(), ALL], ids=["streamed", "resident"])
+def test_outputs_that_a_kept_unit_needs_are_refused_when_changed_in_place(resident, monkeypatch):
+    original = LlamaDecoderLayer.forward
+    monkeypatch.setattr(  # tanh saves what it returns
+        LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: original(self, *args, **kwargs).tanh()
+    )
+    run = prepare(tiny_llama(), decisions=decide(resident=resident, keep=ALL))
+    run.model.model.layers[2].register_forward_hook(lambda module, args, output: output.mul_(0.5))
+    run.model.train()
+    loss = _forward(run, torch.randint(96, (2, 16)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_layers_that_share_an_input_have_the_same_bits_wherever_they_are():
+    """Every layer of a decoder reads the encoder's output, whose gradients are summed over the layers."""
+    results = []
+    for decisions in (
+        decide(units=4),
+        decide(units=4, offload=range(4)),
+        decide(units=4, resident=range(4), keep=range(4)),
+    ):
+        set_seed(0)
+        model = BartForConditionalGeneration(
+            BartConfig(
+                vocab_size=96,
+                d_model=32,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=32,
+                init_std=0.15,
+                forced_eos_token_id=None,
+            )
+        )
+        run = prepare(model.to(torch.bfloat16), decisions=decisions)
+        results.append(train(run, 3))
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,11 @@ def test_the_longest_of_few_samples_is_found(kind):
     shape = _find([{"input_ids": kind([1] * size)} for size in (3, 19, 7)])
     assert shape.seq_len == 19
     assert "19 tokens, from 3 of 3 samples" in shape.source
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor, np.array])
+def test_a_batch_dimension_of_one_sample_is_not_its_length(kind):
+    assert _find([{"input_ids": kind([[1] * size])} for size in (3, 19, 7)]).seq_len == 19
 
 
 def test_many_samples_are_looked_at_evenly():
@@ -57,8 +63,17 @@ class _Broken:
 
 @pytest.mark.parametrize(
     "dataset",
-    [None, [], _Streaming(), _Broken(), [{"text": "not tokenized"}], [torch.arange(3)], [{"input_ids": 5}]],
-    ids=["none", "empty", "iterable", "broken", "text", "not a mapping", "no length"],
+    [
+        None,
+        [],
+        _Streaming(),
+        _Broken(),
+        [{"text": "not tokenized"}],
+        [torch.arange(3)],
+        [{"input_ids": 5}],
+        [{"input_ids": torch.tensor(5)}],
+    ],
+    ids=["none", "empty", "iterable", "broken", "text", "not a mapping", "no length", "no dimension"],
 )
 def test_where_the_data_says_nothing_a_length_is_assumed(dataset):
     shape = _find(dataset)

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from hf_slideformer import SlideConfig
+from hf_slideformer.engine import profile as engine_profile
 from hf_slideformer.engine.allocations import AllocationTracker, block_bytes
 from hf_slideformer.engine.fake import on_fake_tensors
 from hf_slideformer.errors import UnsupportedModelError
@@ -367,3 +368,43 @@ def test_peaks_that_were_measured_on_an_h100():
         assert found.source == "traced"
         predicted = state + predicted_gpu_peak(found, [unit] * 32, head + norm, head)
         assert row["gpu_peak_allocated_bytes"] <= predicted <= 1.001 * row["gpu_peak_allocated_bytes"]
+
+
+# -- Liger's layers, and time --------------------------------------------------------------------------------------
+
+
+def test_liger_is_applied_to_the_copy_only(monkeypatch):
+    """A stand-in for Liger Kernel that replaces a function of a module, a class's method, and an instance's."""
+    from transformers.integrations import liger
+    from transformers.models.llama import modeling_llama
+
+    def apply(model, config):
+        assert config == {"rope": True}
+        modeling_llama.apply_rotary_pos_emb = lambda q, k, cos, sin, *args, **kwargs: (q * 1, k * 1)
+        modeling_llama.LlamaRMSNorm.forward = lambda self, x: x * 1
+        for layer in model.model.layers:
+            layer.mlp.forward = lambda x: x * 1
+
+    monkeypatch.setattr(liger, "apply_liger_kernel", apply)
+    monkeypatch.setattr(engine_profile, "is_liger_kernel_available", lambda: True)
+    model = tiny_llama()
+    before = (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm.forward)
+    plain, replaced = profile(model), profile(model, liger={"rope": True})
+    assert replaced.source == "traced"
+    assert replaced.units[0].saved_bytes < plain.units[0].saved_bytes
+    assert replaced.units[0].forward_flops < plain.units[0].forward_flops
+    assert (modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm.forward) == before
+    assert "forward" not in vars(model.model.layers[0].mlp)
+    assert profile(model) == plain
+
+
+def test_without_liger_installed_plain_layers_are_profiled(monkeypatch):
+    monkeypatch.setattr(engine_profile, "is_liger_kernel_available", lambda: False)
+    assert profile(tiny_llama(), liger={}) == profile(tiny_llama())
+
+
+def test_code_that_takes_too_long_is_estimated(monkeypatch):
+    monkeypatch.setattr(engine_profile, "_MOST_SECONDS", 0.0)
+    found = profile(tiny_llama())
+    assert found.source == "estimated"
+    assert any("more than 0 s to trace" in note for note in found.notes)

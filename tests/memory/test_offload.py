@@ -116,3 +116,27 @@ def test_a_failed_copy_is_raised_where_the_tensor_is_needed(offload):
     with pytest.raises(TransferError, match=r"activations of layer 3 failed: no such link"):
         store.take(parked)
     store.abandon()
+
+
+def test_garbage_that_is_collected_while_buffers_are_counted_gives_its_own_back(offload):
+    """A graph may be part of a reference cycle, and a collection can start anywhere."""
+    store, _ = offload()
+
+    class Cycle:
+        pass
+
+    cycle = Cycle()
+    cycle.itself, cycle.parked = cycle, store.store("unit", torch.randn(1024))
+    store.settle()
+    del cycle
+
+    def collect():
+        with store._lock:
+            gc.collect()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "deadlock"
+    store.store("unit", torch.randn(1024))
+    assert store.host_bytes == 4096

@@ -1,0 +1,431 @@
+"""`slideformer plan`: its answers, exit codes, and that it needs nothing but a configuration."""
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from hf_slideformer import cli
+from hf_slideformer.config import parse_bytes
+from hf_slideformer.engine.model_source import load_config, model_without_data
+from hf_slideformer.planner import solve
+from hf_slideformer.planner.plan import format_bytes
+from hf_slideformer.planner.presets import PRESETS
+
+ROOT = Path(__file__).parent.parent
+GIB, MIB = 2**30, 2**20
+
+SMALL = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+# Mistral-Large-123B.
+LARGE = {
+    "model_type": "mistral",
+    "architectures": ["MistralForCausalLM"],
+    "hidden_size": 12288,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 88,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 32768,
+    "max_position_embeddings": 131072,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    """A machine without a GPU that nobody measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def no_advice(monkeypatch):
+    """Advice tries other batch sizes, which takes seconds."""
+    monkeypatch.setattr(solve, "advise", lambda *args, **kwargs: ())
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a `config.json` and returns it as an argument."""
+
+    def write(values, name="model") -> str:
+        path = tmp_path / name / "config.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def small(config_file):
+    return config_file(SMALL, "small")
+
+
+@pytest.fixture
+def answer(capsys):
+    """Runs a plan with `--json`; gives the exit code and what was printed."""
+
+    def run(*arguments: str) -> tuple[int, dict]:
+        code = cli.main(["plan", *arguments, "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_text_and_json_say_the_same(small, answer, capsys):
+    arguments = (small, "--hardware", "rtx4090-64gb", "--gpu", "300MiB")
+    assert cli.main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    code, plan = answer(*arguments)
+    assert code == 0 and plan["fits"] is True
+    assert plan["model"] == {
+        "source": small,
+        "class": "LlamaForCausalLM",
+        "parameters": sum(
+            p.numel() for p in model_without_data(load_config(small), dtype=torch.bfloat16).parameters()
+        ),
+        "dtype": "bf16",
+    }
+    assert f"{plan['model']['parameters'] / 1e6:,.2f} M parameters" in text
+    assert f"{plan['hardware']['name']} (estimated)" in text
+    shown = [item for item in plan["items"] if item["nbytes"]]
+    assert len(shown) > 10
+    for item in shown:
+        assert re.search(rf"{item['what']}.* {re.escape(format_bytes(item['nbytes']))}\n", text), item
+    assert list(plan["peaks"]) == ["load", "train", "save", "resume"]
+    for phase, peak in plan["peaks"].items():
+        assert re.search(
+            rf"{phase} +{re.escape(format_bytes(peak['GPU']))} +{re.escape(format_bytes(peak['RAM']))}\n",
+            text,
+        )
+    told = plan["prediction"]
+    assert (
+        f"predicted: {told['tokens_per_s']:,.0f} tokens/s, {told['step_s']:.2f} s a step, bound by {told['bound_by']}"
+        in text
+    )
+    assert all(f"note: {note}" in text for note in plan["notes"])
+    assert plan["advice"] and all(f"advice: {line}" in text for line in plan["advice"])
+
+
+@pytest.mark.usefixtures("no_advice")
+@pytest.mark.parametrize(("gpu", "ram"), [("150MiB", "1GiB"), ("300MiB", "600MiB"), ("2GiB", "300MiB")])
+def test_budgets_are_kept(small, answer, gpu, ram):
+    code, plan = answer(small, "--hardware", "rtx3090-64gb", "--gpu", gpu, "--ram", ram)
+    assert code == 0
+    assert plan["budgets"] == {"GPU": parse_bytes(gpu), "RAM": parse_bytes(ram)}
+    assert (plan["hardware"]["gpu_bytes"], plan["hardware"]["ram_bytes"]) == (
+        parse_bytes(gpu),
+        parse_bytes(ram),
+    )
+    assert plan["reserve_bytes"] > 0
+    for phase in ("load", "train"):
+        assert plan["peaks"][phase]["GPU"] + plan["reserve_bytes"] <= parse_bytes(gpu)
+        assert plan["peaks"][phase]["RAM"] <= parse_bytes(ram)
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_without_sizes_the_preset_has_them(small, answer):
+    _, plan = answer(small, "--hardware", "rtx4090-256gb")
+    preset = PRESETS["rtx4090-256gb"]
+    assert plan["budgets"] == {"GPU": preset.gpu_bytes, "RAM": preset.ram_bytes}
+    assert plan["hardware"] == json.loads(json.dumps(preset.as_dict()))
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_hardware_from_a_file(small, answer, tmp_path):
+    path = tmp_path / "box.json"
+    values = PRESETS["h100"].as_dict() | {"name": "my box", "source": "measured", "notes": ["it was busy"]}
+    path.write_text(json.dumps(values))
+    code, plan = answer(small, "--hardware", str(path))
+    assert code == 0 and plan["hardware"] == values
+    assert "it was busy" in plan["notes"] and not any("slideformer probe" in note for note in plan["notes"])
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_settings_reach_the_plan(small, answer):
+    h100 = ("--hardware", "h100")
+    _, plain = answer(small, *h100)
+    # The model takes 256 tokens, fewer than the default of 4,096.
+    assert (plain["batch_size"], plain["seq_len"], plain["update"], plain["moments"]) == (
+        1,
+        256,
+        "deferred",
+        "fp32",
+    )
+    _, other = answer(
+        small,
+        *h100,
+        "--seq-len",
+        "128",
+        "--batch-size",
+        "4",
+        "--max-grad-norm",
+        "0",
+        "--optimizer-states",
+        "8bit",
+    )
+    assert (other["batch_size"], other["seq_len"], other["update"], other["moments"]) == (
+        4,
+        128,
+        "overlapped",
+        "8bit",
+    )
+    _, streamed = answer(small, *h100, "--placement", "stream", "--activations", "offload")
+    assert streamed["decisions"]["resident"] == []
+    assert set(streamed["decisions"]["activations"]) == {"offload"}
+    _, sums = answer(small, *h100, "--placement", "stream", "--grad-accum", "4")
+    gradients = {item["what"]: item["nbytes"] for item in sums["items"] if item["tier"] == "RAM"}["gradients"]
+    assert gradients == 4 * streamed["host_params"]
+    _, fp32 = answer(small, *h100, "--dtype", "fp32")
+    assert fp32["model"]["dtype"] == "fp32"
+    weights = {item["what"]: item["nbytes"] for item in fp32["items"]}["resident weights"]
+    assert weights == 4 * fp32["resident_params"]
+
+
+def test_advice_holds_when_it_is_followed(small, answer):
+    arguments = (small, "--hardware", "rtx4090-64gb", "--gpu", "300MiB")
+    _, plan = answer(*arguments)
+    size, gain = next(
+        found.groups()
+        for line in plan["advice"]
+        if (found := re.fullmatch(r"with batch size (\d+): ([\d.]+)x the tokens/s", line))
+    )
+    code, larger = answer(*arguments, "--batch-size", size)
+    assert code == 0
+    ratio = larger["prediction"]["tokens_per_s"] / plan["prediction"]["tokens_per_s"]
+    assert ratio == pytest.approx(float(gain), abs=0.051) and ratio > 1.1
+
+
+def test_what_does_not_fit_is_told_with_numbers_and_a_remedy_that_holds(small, answer, capsys):
+    arguments = (small, "--hardware", "rtx4090-64gb", "--gpu", "150MiB", "--ram", "120MiB")
+    assert cli.main(["plan", *arguments]) == 3
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    lines = captured.out.splitlines()
+    assert lines[2] == "It does not fit."
+    assert re.search(r"needs [\d.]+ GiB of RAM \(weights .*\); 0\.12 GiB may be used", captured.out)
+    assert any(
+        re.fullmatch(r"  With optimizer_states='8bit' it needs .* of RAM, which fits\.", line)
+        for line in lines
+    )
+    code, refused = answer(*arguments)
+    assert code == 3 and refused["fits"] is False and "disk" not in refused
+    assert " ".join(line.strip() for line in lines[3:]) == refused["error"]
+    assert answer(*arguments, "--optimizer-states", "8bit")[0] == 0
+
+
+def test_gpu_that_is_too_small(config_file, capsys):
+    model = config_file(LARGE)
+    assert cli.main(["plan", model, "--hardware", "rtx4090-256gb", "--gpu", "4GiB", "--nvme", "4TB"]) == 3
+    out = capsys.readouterr().out
+    assert re.search(r"needs [\d.]+ GiB of GPU", out)
+    assert "With state on disk it would not fit either" in out
+
+
+def test_123_b_on_a_desktop_says_where_it_would_go(config_file, answer, capsys):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    arguments = (config_file(LARGE), "--hardware", "rtx4090-256gb")
+    code, refused = answer(*arguments, "--nvme", "4TB")
+    # Linux counts in KiB. The weights alone would be 228 GiB.
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < GIB
+    assert code == 3 and refused["model"]["parameters"] == 122_610_069_504
+    assert "not available yet" in refused["error"]
+    disk, hardware = refused["disk"], refused["hardware"]
+    assert hardware["disk_bytes"] == 4 * 10**12
+    assert disk["gpu_bytes"] <= hardware["gpu_bytes"] and disk["ram_bytes"] <= hardware["ram_bytes"]
+    assert disk["resident"] + disk["in_ram"] + disk["on_disk"] == 88
+    layer = (12288 * (2 * 96 + 2 * 8) * 128 + 3 * 12288 * 28672) + 2 * 12288
+    assert disk["disk_bytes"] == disk["on_disk"] * 14 * layer
+    # Nothing is missing: what no tier holds is less than what a unit takes on its way.
+    assert disk["ram_bytes"] + disk["disk_bytes"] > 14 * layer * 88
+    assert cli.main(["plan", *arguments, "--nvme", "1TB"]) == 3
+    text = capsys.readouterr().out
+    assert f"{disk['disk_bytes'] / GIB:,.1f} GiB of 931.3 GiB" in text and "which does not fit" in text
+    read = disk["disk_bytes"] / hardware["disk_read"]
+    assert f"{read:,.0f} s reading at 7.45 GB/s" in text
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_disk_that_is_not_needed(small, answer):
+    code, plan = answer(small, "--hardware", "h100", "--nvme", "1TB")
+    assert code == 0 and "it fits without a disk, where no state can lie yet" in plan["notes"]
+
+
+def test_this_machine_without_a_gpu(small, answer, capsys):
+    code, plan = answer(small)
+    assert code == 0 and plan["device"] == "CPU" and plan["prediction"] is None
+    assert any("--hardware" in line for line in plan["advice"])
+    assert cli.main(["plan", small, "--gpu", "2GiB", "--ram", "9TiB"]) == 0
+    text = capsys.readouterr().out
+    assert "9,216.0 GiB of RAM, of which 2.0 GiB stand in for a GPU" in text
+    assert "note: --ram is more than the" in text and "tokens/s" in text
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_names_of_models(small, answer, tmp_path, monkeypatch):
+    """A directory, a file, and a hub id of which only the configuration is there."""
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (cached / "snapshots" / ("0" * 40) / "config.json").write_text(json.dumps(SMALL))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    h100 = ("--hardware", "h100")
+    plans = [answer(name, *h100) for name in (small, str(Path(small).parent), "some/model")]
+    assert [code for code, _ in plans] == [0, 0, 0]
+    assert plans[0][1]["items"] == plans[1][1]["items"] == plans[2][1]["items"]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (SMALL | {"model_type": "t5", "decoder_start_token_id": 0}, "T5ForConditionalGeneration"),
+        (
+            {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
+            "BartForConditionalGeneration",
+        ),
+        ({"model_type": "bart", "architectures": ["BartForCausalLM"]}, "BartForCausalLM"),
+        ({"model_type": "qwen2_5_vl"}, "Qwen2_5_VLForConditionalGeneration"),
+    ],
+)
+def test_kinds_of_models(config_file, values, expected):
+    model = model_without_data(load_config(config_file(values)), dtype=torch.bfloat16)
+    assert type(model).__name__ == expected
+    assert all(param.is_meta and param.dtype == torch.bfloat16 for param in model.parameters())
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_longer_than_the_model_takes_and_quantized(config_file, answer):
+    model = config_file(SMALL | {"quantization_config": {"quant_method": "mxfp4"}})
+    _, plan = answer(model, "--hardware", "h100", "--seq-len", "300")
+    assert any("256 tokens at most" in note for note in plan["notes"])
+    assert any("quantized" in note for note in plan["notes"])
+
+
+def refused_in_one_line(capsys, *arguments: str) -> str:
+    """What is wrong with arguments that cannot be used."""
+    assert cli.main(["plan", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith("slideformer: error: ")
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--hardware", "rtx4090"], ["no preset is called 'rtx4090'", "rtx4090-64gb", "slideformer probe"]),
+        (["--hardware", "box.json"], ["cannot read", "box.json"]),
+        (["--gpu", "lots"], ["--gpu", "'lots' is not a size", "24GiB"]),
+        (["--ram", "0"], ["--ram", "must be positive"]),
+        (["--nvme", "4 apples"], ["--nvme", "is not a size"]),
+        (["--seq-len", "0"], ["--seq-len must be a positive whole number"]),
+        (["--batch-size", "1.5"], ["--batch-size must be a positive whole number"]),
+        (["--grad-accum", "many"], ["--grad-accum must be a positive whole number"]),
+        (["--max-grad-norm", "nan"], ["--max-grad-norm must be a number"]),
+        (["--dtype", "fp16"], ["--dtype must be bf16 or fp32"]),
+        (["--placement", "gpu"], ["placement='gpu'", "'stream'"]),
+        (["--activations", "none"], ["activations='none'", "'offload'"]),
+        (["--optimizer-states", "4bit"], ["optimizer_states='4bit'", "'8bit'"]),
+    ],
+)
+def test_arguments_that_cannot_be_used(small, capsys, arguments, parts):
+    message = refused_in_one_line(capsys, small, *arguments)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ("{nope", ["not a valid JSON file"]),
+        ({"hidden_size": 5}, ["model_type"]),
+        ({"model_type": "nonsense"}, ["`nonsense`"]),
+        ({"model_type": "llama", "hidden_size": "big"}, ["hidden_size", "expected int"]),
+        ({"model_type": "resnet"}, ["no language model", "'resnet'"]),
+        (
+            {
+                "model_type": "own",
+                "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"},
+            },
+            ["code of its own", "--trust-remote-code"],
+        ),
+    ],
+)
+def test_models_that_cannot_be_used(config_file, capsys, values, parts):
+    message = refused_in_one_line(capsys, config_file(values), "--hardware", "h100")
+    assert all(part in message for part in parts), message
+
+
+def test_models_that_are_not_there(tmp_path, capsys):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"")
+    for name, part in (
+        (str(tmp_path), "there is no file"),
+        (str(tmp_path / "missing"), "there is no file"),
+        (str(weights), "is not a configuration"),
+        ("some/unknown-model", "cannot read the configuration of 'some/unknown-model'"),
+    ):
+        assert part in refused_in_one_line(capsys, name, "--hardware", "h100")
+
+
+def test_model_whose_layers_cannot_be_streamed(config_file, capsys):
+    model = config_file({"model_type": "gemma3n_text", "num_hidden_layers": 20, "vocab_size": 100})
+    assert "use plain Trainer" in refused_in_one_line(capsys, model, "--hardware", "h100")
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_own_code_runs_only_if_it_is_trusted(config_file, answer, capsys):
+    model = config_file(
+        SMALL
+        | {
+            "model_type": "own",
+            "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+        },
+        "with_code",
+    )
+    (Path(model).parent / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    directory = str(Path(model).parent)
+    assert "--trust-remote-code" in refused_in_one_line(capsys, directory, "--hardware", "h100")
+    code, plan = answer(directory, "--hardware", "h100", "--trust-remote-code")
+    assert code == 0 and plan["model"]["class"] == "OwnForCausalLM"
+
+
+def test_help_does_not_wait_for_torch():
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "hf_slideformer.cli", "plan", "--help"],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    for flag in ("--seq-len", "--gpu", "--ram", "--nvme", "--hardware", "--optimizer-states", "--json"):
+        assert flag in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert "hf_slideformer.config" in imported
+    assert not imported & {"torch", "transformers", "slideformer_kernels"}
