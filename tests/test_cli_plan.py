@@ -1,5 +1,6 @@
 """`slideformer plan`: its answers, exit codes, and that it needs nothing but a configuration."""
 
+import importlib.util
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 
 from hf_slideformer import cli
 from hf_slideformer.config import parse_bytes
+from hf_slideformer.engine import profile
 from hf_slideformer.engine.model_source import load_config, model_without_data
 from hf_slideformer.planner import solve
 from hf_slideformer.planner.plan import format_bytes
@@ -295,6 +297,33 @@ def test_names_of_models(small, answer, tmp_path, monkeypatch):
     plans = [answer(name, *h100) for name in (small, str(Path(small).parent), "some/model")]
     assert [code for code, _ in plans] == [0, 0, 0]
     assert plans[0][1]["items"] == plans[1][1]["items"] == plans[2][1]["items"]
+
+
+def test_liger_that_is_not_installed_is_asked_for(small, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "liger_kernel" else find(name, *rest)
+    )
+    assert "pip install liger-kernel" in refused_in_one_line(capsys, small, "--liger")
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_ligers_layers_are_planned_for(small, answer, monkeypatch):
+    """A stand-in for Liger Kernel whose MLPs save nothing."""
+    from transformers.integrations import liger
+
+    def apply(model, config):
+        assert config == {"fused_linear_cross_entropy": False}
+        for layer in model.model.layers:
+            layer.mlp.forward = lambda x: x * 1
+
+    monkeypatch.setattr(liger, "apply_liger_kernel", apply)
+    monkeypatch.setattr(profile, "is_liger_kernel_available", lambda: True)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name, *rest: name)
+    how = (small, "--hardware", "rtx4090-64gb", "--activations", "keep", "--batch-size", "64")
+    (_, plain), (code, planned) = answer(*how), answer(*how, "--liger")
+    assert code == 0
+    assert planned["peaks"]["train"]["GPU"] < plain["peaks"]["train"]["GPU"]
 
 
 @pytest.mark.parametrize(
