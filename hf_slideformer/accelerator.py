@@ -64,8 +64,8 @@ class SlideAccelerator(Accelerator):
         result = list(args)
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         for position, obj in enumerate(args):
-            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None and models:
-                self._slide_shape = self._shape_of(obj, models[0])
+            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None and self._plans():
+                self._slide_shape = self._shape_of(obj, models[0] if models else None)
             if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
                 result[position] = SlideAdamW.adopt(obj)
         prepared = super().prepare(*result, device_placement=device_placement)
@@ -111,7 +111,13 @@ class SlideAccelerator(Accelerator):
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def _shape_of(self, loader: torch.utils.data.DataLoader, model: torch.nn.Module) -> BatchShape | None:
+    def _plans(self) -> bool:
+        """Whether activations are planned for at all: there is a GPU, or RAM that stands in for one."""
+        return self.device.type == "cuda" or (self._slide_config or SlideConfig()).gpu_memory is not None
+
+    def _shape_of(
+        self, loader: torch.utils.data.DataLoader, model: torch.nn.Module | None
+    ) -> BatchShape | None:
         if loader.batch_size is None:  # the dataset or a sampler makes the batches
             return None
         return find_batch_shape(

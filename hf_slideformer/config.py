@@ -79,7 +79,8 @@ class SlideConfig:
         accumulation: order of micro-batches; "auto" means "horizontal".
         loss: "fused" computes the head and the cross-entropy together and never holds all logits; "model" leaves them
             to the model's code; "auto" means "fused" on a GPU.
-        seq_len: tokens of the longest sequence, which the plan counts on; None finds it from the data.
+        seq_len: tokens of the longest sequence, which the plan counts on; None finds it by reading samples of the
+            training data.
         cpu_threads: threads of the CPU update; None sizes them to the machine.
         trace_steps: number of first training steps to record for `trainer.slide.metrics`.
 

@@ -107,7 +107,8 @@ class SlideTrainerMixin(_Trainer):
         check_has_data(self.model)
         self._check_model(self.model)
         self._check_optimizer()
-        self.accelerator._slide_shape = self._batch_shape()
+        if self.accelerator._plans():
+            self.accelerator._slide_shape = self._batch_shape()
         if self.slide.engine is None:  # a model that streams already has its place
             self._planned()  # refuses what does not fit
         if self.label_smoother is not None:

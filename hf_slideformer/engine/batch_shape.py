@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 # Used where nothing is known of the data.
 DEFAULT_SEQ_LEN = 4096
 _SAMPLES = 256
 _MAX_SECONDS = 2.0
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ def _longest(dataset: Any) -> tuple[int, int, int] | None:
         get = dataset.__getitem__
     except (AttributeError, TypeError):  # an iterable dataset would lose what is taken from it
         return None
+    if any(isinstance(value, _GENERATORS) for value in getattr(dataset, "__dict__", {}).values()):
+        return None  # reading samples would advance its own random state, and training would see other data
     longest, seen, start = 0, 0, time.monotonic()
     with _random_state_kept():
         for index in _spread(total):
@@ -98,8 +102,6 @@ def _spread(total: int) -> Iterator[int]:
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
     """Datasets may draw random numbers; training must start from the state that the user set."""
-    import numpy as np
-
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

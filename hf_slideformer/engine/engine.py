@@ -761,6 +761,7 @@ class SlideEngine:
         if self.gradients is not None:
             self.gradients.abandon()
         self.executor.offload.abandon()
+        self.executor.drop_inputs()
         for unit in self._streamed:
             if unit.pending_update is not None:
                 settle(unit.pending_update)

@@ -267,29 +267,46 @@ class Executor:
         return outputs
 
     def _park(self, call: UnitCall) -> None:
-        """Move the inputs that the unit will be recomputed from to RAM."""
+        """Move the hidden states that the unit will be recomputed from to RAM.
+
+        They are the first input with a gradient, by convention; others (an encoder's output) are shared by all layers.
+        """
         for position, leaf in enumerate(call.inputs):
-            if leaf.requires_grad and leaf.is_contiguous() and leaf.numel() > 0:
+            if not leaf.requires_grad:
+                continue
+            if leaf.is_contiguous() and leaf.numel() > 0:
                 place = call.unit.place_for(leaf)
                 call.parked[position] = parked = self.offload.store(call.unit.name, leaf, into=place)
                 if place is not None:
                     call.unit.waiting = weakref.ref(parked)
                 leaf.data = leaf.new_empty(0)
-        if call.parked:
-            self._parked = [ref for ref in self._parked if ref() is not None]
-            self._parked.append(weakref.ref(call))
+                self._parked = [ref for ref in self._parked if ref() is not None]
+                self._parked.append(weakref.ref(call))
+            break
+
+    def _fetch_inputs(self) -> None:
+        """Start bringing back the inputs that backward needs next."""
+        if not self._parked:
+            return
+        self.offload.settle()
+        self._parked = [ref for ref in self._parked if (call := ref()) is not None and call.parked]
+        for ref in self._parked[-_OFFLOAD_DEPTH:][::-1]:
+            call = ref()
+            for parked in call.parked.values() if call is not None else ():
+                self.offload.fetch(parked)
 
     def _unpark(self, call: UnitCall) -> None:
-        """Bring the inputs of `call` back, and start on those that backward needs next."""
-        self.offload.settle()
         for position, parked in call.parked.items():
             call.inputs[position].data = self.offload.take(parked)
         call.parked = {}
-        self._parked = [ref for ref in self._parked if (other := ref()) is not None and other.parked]
-        for ref in self._parked[-_OFFLOAD_DEPTH:][::-1]:
-            other = ref()
-            for parked in other.parked.values() if other is not None else ():
-                self.offload.fetch(parked)
+        self._fetch_inputs()
+
+    def drop_inputs(self) -> None:
+        """Let go of inputs in RAM whose backward will not come; a traceback may hold their graph for long."""
+        for ref in self._parked:
+            if (call := ref()) is not None:
+                call.inputs, call.parked, call.dropped = [], {}, True
+        self._parked = []
 
     # -- backward --------------------------------------------------------------------------------------------
 
@@ -310,6 +327,11 @@ class Executor:
         if with_params:
             self.sink.begin_unit(unit)
         call.saved.check_unspent()  # before its inputs, which are gone after one backward, are looked for
+        if call.dropped:
+            raise StateError(
+                f"the inputs of {unit.name} were let go of when training was interrupted; run forward again"
+            )
+        self._fetch_inputs()  # before weights, which would be in front of them on the way
         following = after_backward(self.tape.recorded, call.position, self.pool.depth, self._streamed)
         lease = self.lease(unit, following)
         try:
@@ -363,6 +385,7 @@ class UnitCall:
     position: int
     keeps: bool
     parked: dict[int, OffloadedTensor] = field(default_factory=dict)
+    dropped: bool = False
     inputs: list[torch.Tensor] = field(default_factory=list)
     leaves: list[torch.nn.Parameter] = field(default_factory=list)
     # Where the unit's own graph ends, None for outputs without a gradient. Not the outputs themselves: one of them is

@@ -156,6 +156,21 @@ def test_an_interrupted_backward_leaves_the_engine_usable():
     assert_same_bits(train(run, 2), train(prepare(tiny_llama()), 2))
 
 
+def test_an_interrupted_forward_that_a_traceback_holds_costs_nothing_later():
+    run = prepare(tiny_llama(), decisions=decide(offload=ALL))
+    run.model.train()
+    held = _forward(run, torch.randint(96, (2, 16)))
+    run.engine.reset()
+    offload = run.engine.executor.offload
+    assert_same_bits(train(run, 2), train(prepare(tiny_llama()), 2))
+    assert offload.host_bytes == 0, "inputs wait in the buffers of gradients"
+    assert not offload._coming, "nothing is brought back that no backward needs"
+    held = _forward(run, torch.randint(96, (2, 16)))
+    run.engine.reset()
+    with pytest.raises(StateError, match=r"inputs of model\.layers\.5 were let go of"):
+        held.backward()
+
+
 def test_overlapped_updates_use_up_the_gradients_of_resident_units():
     run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"), decisions=decide(resident=(0, 1, 2)))
     run.model.train()

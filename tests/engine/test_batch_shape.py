@@ -99,3 +99,18 @@ def test_random_numbers_of_training_stay_the_same():
     assert _find(Augmented()).seq_len == 6
     assert random.random() == expected[0]
     assert torch.equal(torch.rand(3), expected[1])
+
+
+@pytest.mark.parametrize(
+    "generator", [random.Random(0), np.random.default_rng(0), np.random.RandomState(0), torch.Generator()]
+)
+def test_a_dataset_with_random_numbers_of_its_own_is_not_read(generator):
+    class Augmented(list):
+        def __init__(self):
+            super().__init__([{"input_ids": [1, 2]}])
+            self.generator = generator
+
+        def __getitem__(self, index):
+            raise AssertionError("this draws a number that training was to draw")
+
+    assert _find(Augmented()).seq_len == DEFAULT_SEQ_LEN

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from hf_slideformer import SlideConfig, SlideTrainer
+from hf_slideformer import SlideAccelerator, SlideConfig, SlideTrainer
+from hf_slideformer.engine.engine import engine_of
 from hf_slideformer.errors import PlanError
 
 from . import runs
@@ -117,3 +118,30 @@ def test_an_engine_made_for_evaluation_refuses_training_that_does_not_fit(tmp_pa
     trainer.evaluate()
     with pytest.raises(PlanError, match="moments"):
         trainer.train()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_loop_of_ones_own_is_planned_for_its_data_loader(together):
+    """A data loader that is prepared with the model, or before it, says what batches are like."""
+    accelerator = SlideAccelerator(cpu=True)
+    accelerator.configure_slide(SlideConfig(gpu_memory="1GiB"), micro_batches=1, overlap_is_exact=False)
+    model = runs.llama(seed=1, **SHAPE)
+    optimizer = torch.optim.AdamW(model.parameters())
+    loader = torch.utils.data.DataLoader(runs.Tokens(length=20), batch_size=3)
+    if together:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    else:
+        loader = accelerator.prepare(loader)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    plan = engine_of(model).plan
+    assert (plan.batch_size, plan.seq_len) == (3, 20)
+
+
+def test_a_loop_without_a_data_loader_streams_and_says_why():
+    accelerator = SlideAccelerator(cpu=True)
+    accelerator.configure_slide(SlideConfig(gpu_memory="1GiB"), micro_batches=1, overlap_is_exact=False)
+    model = runs.llama(seed=1, **SHAPE)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    plan = engine_of(model).plan
+    assert plan.units == 6 and plan.batch_size is None
+    assert any("prepare the data loader together with the model" in note for note in plan.notes)
