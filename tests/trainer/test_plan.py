@@ -145,3 +145,43 @@ def test_a_loop_without_a_data_loader_streams_and_says_why():
     plan = engine_of(model).plan
     assert plan.units == 6 and plan.batch_size is None
     assert any("prepare the data loader together with the model" in note for note in plan.notes)
+
+
+@pytest.mark.gpu
+def test_the_plan_is_kept_on_a_gpu(tmp_path, deterministic):
+    """Same bits as streaming everything, and a peak within the plan, whatever the budget."""
+    shape = {
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+    }
+    how = {"use_cpu": False, "bf16": True, "per_device_train_batch_size": 4}
+
+    def train(name, config):
+        model = runs.llama(torch.bfloat16, seed=1, **shape)
+        trainer = runs.make(
+            SlideTrainer, model, tmp_path / name, trainer_kwargs={"slide_config": config}, **how
+        )
+        trainer.train_dataset = runs.Tokens(16, length=1024)
+        trainer.accelerator._slide_shape = trainer._batch_shape()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainer.train()
+        return trainer, torch.cuda.max_memory_allocated() - before
+
+    streamed, _ = train("stream", SlideConfig(placement="stream"))
+    expected = {name: weight.cpu() for name, weight in _weights(streamed).items()}
+    least = streamed.slide.plan.peaks["train"]["GPU"]
+    kinds = set()
+    for budget in (int(1.3 * least) + 2**28, int(2.0 * least) + 2**28, None):
+        trainer, peak = train(str(budget), SlideConfig(gpu_memory=budget))
+        plan = trainer.slide.plan
+        assert peak <= plan.peaks["train"]["GPU"] <= plan.budgets["GPU"]
+        kinds.add((len(plan.decisions.resident), plan.decisions.activations))
+        for name, weight in _weights(trainer).items():
+            assert torch.equal(weight.cpu(), expected[name]), (budget, name)
+    assert len(kinds) > 1
