@@ -43,7 +43,6 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         processing_class=tokenizer,
     )
-    print(trainer.slide.plan)
     trainer.train(resume_from_checkpoint=options.resume_from_checkpoint)
     trainer.save_model()
 
