@@ -259,7 +259,7 @@ class SlideTrainerMixin(_Trainer):
         self._check_model(self.model)
         given = self.args.liger_kernel_config
         if self.args.use_liger_kernel:
-            self.args.liger_kernel_config = self._liger_config()
+            self.args.liger_kernel_config = self._liger_config() or given
         try:
             result = super().train(*args, **kwargs)
         finally:
