@@ -155,7 +155,9 @@ class SlideEngine:
         self.pool = SlotPool(device, slot_bytes, decisions.slots, self._lanes[0], self.metrics)
         self.gradients: Gradients | None = None
         self._outside = self._outside_updates()
-        offload = TensorOffload(device, self._lanes[1], self._lanes[0], self.metrics, self._pin)
+        offload = TensorOffload(
+            device, self._lanes[1], self._lanes[0], self.metrics, self._pin, self._unpinned
+        )
         self.executor = Executor(device, units, self.pool, offload, self, self.check)
         self._streamed = [unit for unit in units if unit.streamed]
         for unit in units:
@@ -187,6 +189,10 @@ class SlideEngine:
             return False
         self._pinned_bytes += nbytes
         return True
+
+    def _unpinned(self, nbytes: int) -> None:
+        """Note that pinned memory was let go of."""
+        self._pinned_bytes -= nbytes
 
     def _move(self, model: nn.Module, blueprint: Blueprint, decisions: Decisions) -> list[Unit]:
         specs = blueprint.specs
@@ -388,7 +394,9 @@ class SlideEngine:
         # Without accumulation sums are rare (a layer used twice, a second backward): then one buffer serves,
         # and is made only when the first sum needs it.
         count = self.plan.decisions.staging_buffers
-        staging = StagingBuffers(largest, max(1, count), pin=self._pin(count * largest))
+        if self.gradients is None:
+            self._pins_staging = self._pin(count * largest)
+        staging = StagingBuffers(largest, max(1, count), pin=self._pins_staging)
         return Gradients(
             device=self.device,
             lane=self._lanes[1],

@@ -48,6 +48,7 @@ class TensorOffload:
         to_device: host-to-device lane.
         metrics: receives `d2h_bytes` and `h2d_bytes`.
         pin: asked for a number of bytes, whether a new buffer of that size may be pinned.
+        unpinned: told how many pinned bytes were let go of.
     """
 
     def __init__(
@@ -57,11 +58,12 @@ class TensorOffload:
         to_device: Lane,
         metrics: Metrics,
         pin: Callable[[int], bool],
+        unpinned: Callable[[int], None],
     ) -> None:
         self._device = device
         self._to_host, self._to_device = to_host, to_device
         self._metrics = metrics
-        self._pin = pin
+        self._pin, self._unpinned = pin, unpinned
         # Forward runs on the user's thread, backward on autograd's. Reentrant: a garbage collection inside may end the
         # life of a tensor whose buffer then comes back.
         self._lock = threading.RLock()
@@ -165,6 +167,8 @@ class TensorOffload:
                 self.host_bytes -= outgrown[0].nbytes
         if outgrown is not None:
             outgrown[1].wait_host()
+            if outgrown[0].pinned:
+                self._unpinned(outgrown[0].nbytes)
         buffer = HostBuffer(nbytes, pin=self._pin(nbytes))
         with self._lock:
             self.host_bytes += buffer.nbytes

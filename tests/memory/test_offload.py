@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def offload():
-    made = []
+    made, unpinned = [], []
 
     def make(delays=None):
         delays = delays or {}
         lanes = [Lane(name, CPU, delays.get(name)) for name in ("d2h", "h2d")]
         made.extend(lanes)
         metrics = Metrics()
-        offload = TensorOffload(CPU, *lanes, metrics, pin=lambda nbytes: False)
+        offload = TensorOffload(CPU, *lanes, metrics, pin=lambda nbytes: False, unpinned=unpinned.append)
         return offload, metrics
 
     yield make
