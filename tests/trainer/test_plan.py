@@ -1,6 +1,8 @@
 """What SlideTrainer says and does about memory: the plan is shown, written, followed, and changes no number."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -82,17 +84,33 @@ def test_the_plan_counts_on_the_longest_sample(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_with_a_remedy_that_helps(tmp_path):
-    model = runs.llama(seed=1, **SHAPE)
-    needed = _needed(tmp_path)
-    budget = int(needed.peaks["train"]["GPU"] * 0.6)
-    with pytest.raises(PlanError, match=r"may be used\.") as caught:
-        runs.make(
-            SlideTrainer,
-            model,
-            tmp_path / "out",
-            trainer_kwargs={"slide_config": SlideConfig(gpu_memory=budget, seq_len=512)},
-        )
-    assert "GPU" in str(caught.value)
+    config = SlideConfig(gpu_memory=int(_needed(tmp_path).peaks["train"]["GPU"] * 0.95), activations="keep")
+
+    def make(batch_size, config):
+        model = runs.llama(seed=1, **SHAPE)
+        how = {"per_device_train_batch_size": batch_size, "trainer_kwargs": {"slide_config": config}}
+        return runs.make(SlideTrainer, model, tmp_path / "out", **how)
+
+    with pytest.raises(PlanError, match=r"of GPU .*may be used\.") as caught:
+        make(2, config)
+    message = str(caught.value)
+    remedies = {
+        "activations='auto'": lambda: make(2, dataclasses.replace(config, activations="auto")),
+        "optimizer_states='8bit'": lambda: make(2, dataclasses.replace(config, optimizer_states="8bit")),
+        "batch_size=1": lambda: make(1, config),
+    }
+    helpful = [
+        name
+        for name in remedies
+        if re.search(rf"With {re.escape(name)} [^.]*\.\d\d \wiB of GPU, which", message)
+    ]
+    assert helpful, message
+    for name, remedy in remedies.items():
+        if name in helpful:
+            remedy()
+        elif f"With {name} " in message:
+            with pytest.raises(PlanError):
+                remedy()
 
 
 def test_evaluation_first_then_training(tmp_path):
@@ -167,7 +185,7 @@ def test_the_plan_is_kept_on_a_gpu(tmp_path, deterministic):
             SlideTrainer, model, tmp_path / name, trainer_kwargs={"slide_config": config}, **how
         )
         trainer.train_dataset = runs.Tokens(16, length=1024)
-        trainer.accelerator._slide_shape = trainer._batch_shape()
+        trainer.accelerator.count_on_batches(trainer.train_dataset, 4, model)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         trainer.train()
