@@ -1,10 +1,12 @@
 """Presets: machines that people have, described without measuring them. Pure data.
 
-The H100's rates are those of the machine behind `docs/benchmarks/`; another host with that GPU will differ, so they
-too count as estimates. All others are derived from published peaks (memory transfers a second, PCIe generation,
-bandwidth of GPU memory, dense matrix rate) by the share of its own peaks that the H100 machine reached. Peaks are
-those of NVIDIA's architecture white papers (GA102, Ada, RTX Blackwell, A100) and data sheets (H100 SXM, H200), of
-AMD's MI300X data sheet and of AMD's Ryzen and EPYC product pages.
+The H100's rates are those of the machine behind `docs/benchmarks/`. Its CPU and GPU updates and the copy in GPU memory
+are in `2026-11-22-h100-kernels/` there; links, RAM, disk and matrix products were measured before this repository had a
+script for it, and no row of them is kept (`slideformer probe` measures them). Another host with that GPU will differ,
+so all of them count as estimates. All other presets are derived from published peaks (memory transfers a second, PCIe
+generation, bandwidth of GPU memory, dense matrix rate) by the share of its own peaks that the H100 machine reached.
+Peaks are those of NVIDIA's architecture white papers (GA102, Ada, RTX Blackwell, A100) and data sheets (H100 SXM,
+H200), of AMD's MI300X data sheet and of AMD's Ryzen and EPYC product pages.
 """
 
 from __future__ import annotations

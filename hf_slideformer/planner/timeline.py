@@ -33,7 +33,8 @@ LAUNCH = "launching kernels"
 # A layer's matrix products reach this part of a large square product's rate, its other operations this part of a copy's
 # rate: more than all of it, since what an operator reads was often written just before and is still in the L2 cache.
 # Fitted to traced profiles of layers of Llama-3.1-8B shape on an H100 at 8,192 to 32,768 tokens: 5.6 to 5.9 ms forward
-# for each 8,192 tokens, where an 8192^3 product reaches 785 TFLOP/s.
+# for each 8,192 tokens, where an 8192^3 product reaches 785 TFLOP/s (no rows are kept of these single layers; the rows
+# of whole steps that the predictions are tested against are in docs/benchmarks).
 _PRODUCT_SHARE = 0.97
 _COPY_SHARE = 1.05
 
