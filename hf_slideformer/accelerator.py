@@ -14,8 +14,9 @@ from accelerate.utils import DistributedType
 
 from .checkpoint import save_exactly
 from .config import SlideConfig
-from .engine.batch_shape import BatchShape, find_batch_shape
+from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.engine import SlideEngine, engine_of
+from .engine.planning import plans_activations
 from .errors import UnsupportedModelError
 from .optim import SlideAdamW
 
@@ -64,8 +65,8 @@ class SlideAccelerator(Accelerator):
         result = list(args)
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         for position, obj in enumerate(args):
-            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None and self._plans():
-                self._slide_shape = self._shape_of(obj, models[0] if models else None)
+            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
+                self.count_on_batches(obj.dataset, obj.batch_size, models[0] if models else None)
             if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
                 result[position] = SlideAdamW.adopt(obj)
         prepared = super().prepare(*result, device_placement=device_placement)
@@ -111,21 +112,22 @@ class SlideAccelerator(Accelerator):
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def _plans(self) -> bool:
-        """Whether activations are planned for at all: there is a GPU, or RAM that stands in for one."""
-        return self.device.type == "cuda" or (self._slide_config or SlideConfig()).gpu_memory is not None
+    def count_on_batches(self, dataset: Any, batch_size: int | None, model: torch.nn.Module | None) -> None:
+        """Find out what batches are like, where activations are planned for.
 
-    def _shape_of(
-        self, loader: torch.utils.data.DataLoader, model: torch.nn.Module | None
-    ) -> BatchShape | None:
-        if loader.batch_size is None:  # the dataset or a sampler makes the batches
-            return None
-        return find_batch_shape(
-            loader.dataset,
-            batch_size=loader.batch_size,
-            seq_len=(self._slide_config or SlideConfig()).seq_len,
-            max_positions=getattr(getattr(model, "config", None), "max_position_embeddings", None),
-        )
+        Args:
+            dataset: what the data loader reads.
+            batch_size: sequences of a micro-batch; None where the dataset or a sampler makes the batches.
+            model: to be trained, if it is known already.
+        """
+        config = self._slide_config or SlideConfig()
+        if batch_size is not None and plans_activations(self.device, config):
+            self._slide_shape = find_batch_shape(
+                dataset,
+                batch_size=batch_size,
+                seq_len=config.seq_len,
+                max_positions=max_positions(getattr(model, "config", None)),
+            )
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None

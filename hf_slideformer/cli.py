@@ -258,17 +258,19 @@ class _Asked:
     @property
     def liger(self) -> dict[str, bool] | None:
         """What Trainer would hand to Liger Kernel: our loss head is used where it can be."""
+        from .engine.loss import liger_settings
+
         if not self.training.liger:
             return None
-        return {"fused_linear_cross_entropy": False} if self.blueprint.head.module is not None else {}
+        return liger_settings(fuses_loss=self.blueprint.head.module is not None)
 
     @classmethod
     def of(cls, options: argparse.Namespace, training: _Training) -> _Asked:
         import torch
 
-        from .engine.batch_shape import DEFAULT_SEQ_LEN, BatchShape
+        from .engine.batch_shape import DEFAULT_SEQ_LEN, BatchShape, max_positions
         from .engine.blueprint import Blueprint
-        from .engine.model_source import load_config, max_positions, model_without_data
+        from .engine.model_source import load_config, model_without_data
 
         hardware, budgets, notes = _machine(options.hardware, training)
         trust = options.trust_remote_code

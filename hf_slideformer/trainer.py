@@ -22,10 +22,9 @@ from transformers.training_args import OptimizerNames
 from .accelerator import SlideAccelerator
 from .checkpoint import set_saved_dtype
 from .config import SlideConfig
-from .engine.batch_shape import BatchShape, find_batch_shape
 from .engine.blueprint import Blueprint
 from .engine.engine import SlideEngine, engine_of
-from .engine.loss import DeferredLogits
+from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
 from .errors import ConfigError, StateError, UnsupportedModelError
@@ -107,8 +106,7 @@ class SlideTrainerMixin(_Trainer):
         check_has_data(self.model)
         self._check_model(self.model)
         self._check_optimizer()
-        if self.accelerator._plans():
-            self.accelerator._slide_shape = self._batch_shape()
+        self.accelerator.count_on_batches(self.train_dataset, self.args.train_batch_size, self.model)
         if self.slide.engine is None:  # a model that streams already has its place
             self._planned()  # refuses what does not fit
         if self.label_smoother is not None:
@@ -158,16 +156,7 @@ class SlideTrainerMixin(_Trainer):
 
     def _liger_config(self) -> dict[str, Any]:
         """Liger's layers, and our loss head where it is used; Liger's own head on request."""
-        ours = {"fused_linear_cross_entropy": False} if self._fuses_loss() else {}
-        return {**ours, **(self.args.liger_kernel_config or {})}
-
-    def _batch_shape(self) -> BatchShape:
-        return find_batch_shape(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size,
-            seq_len=self._slide_config.seq_len,
-            max_positions=getattr(getattr(self.model, "config", None), "max_position_embeddings", None),
-        )
+        return {**liger_settings(fuses_loss=self._fuses_loss()), **(self.args.liger_kernel_config or {})}
 
     def _check_arguments(self) -> None:
         args = self.args

@@ -56,6 +56,13 @@ def find_batch_shape(
     )
 
 
+def max_positions(config: Any) -> int | None:
+    """Tokens that a sequence may have, where a model's configuration says it; None stands for no configuration."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _longest(dataset: Any) -> tuple[int, int, int] | None:
     """Longest `input_ids`, samples looked at, and samples there are; None if they cannot be looked at."""
     try:

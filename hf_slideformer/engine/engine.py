@@ -167,7 +167,6 @@ class SlideEngine:
         if blueprint.head.module is not None:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
-        self._model = weakref.ref(model)
         self._gradient_hooks: list[RemovableHandle] = []
         self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker, self._gradient_hooks)
 

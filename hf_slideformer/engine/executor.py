@@ -36,17 +36,11 @@ from ..memory.pinned import HostBuffer
 from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
+from .captured import captured, captured_lengths
 from .recompute import SavedActivations
 from .replaced import ReplacedMethod
 from .schedule import Tape, after_backward, after_forward
 from .units import Owner, UnitModule, check_no_hooks
-
-try:
-    from transformers.utils.output_capturing import _active_collector as _output_collector
-except (
-    ImportError
-):  # versions that capture outputs in another way; checked by the mixture-of-experts parity tests
-    _output_collector = None
 
 # Arguments that hold a key-value cache. While gradients flow they must be empty: a recompute would append to the
 # cache a second time, which leaves the loss right and makes the gradients silently wrong.
@@ -238,7 +232,7 @@ class Executor:
         call.written = unit.written()
         buffers = {buffer: buffer._version for buffer in unit.found.module.buffers()}
         call.ambient = Ambient.current(self.device)
-        before = _captured_lengths()
+        before = captured_lengths()
         lease = self.lease(unit, self._following(unit))
         saving = call.saved.keeping(lease.buffer) if call.keeps else call.saved.recording()
         try:
@@ -419,9 +413,9 @@ class UnitCall:
         """
         self.output_flat, self.output_spec = pytree.tree_flatten(output)
         tensors = [leaf for leaf in self.output_flat if isinstance(leaf, torch.Tensor)]
-        collected = _output_collector.get() if _output_collector is not None else None
+        collected = captured()
         for key, start in before.items():
-            values = (collected or {}).get(key, [])
+            values = collected.get(key, [])
             for position in range(start, len(values)):
                 if isinstance(values[position], torch.Tensor) and values[position].requires_grad:
                     self.captured.append((values, position))
@@ -495,11 +489,6 @@ _TENSOR = object()  # stands for a tensor in a flattened structure
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
-
-
-def _captured_lengths() -> dict[str, int]:
-    collected = _output_collector.get() if _output_collector is not None else None
-    return {key: len(values) for key, values in (collected or {}).items() if isinstance(values, list)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,6 +84,11 @@ def find_head(model: nn.Module, *, mode: str, on_gpu: bool) -> HeadChoice:
     return HeadChoice(head, "")
 
 
+def liger_settings(*, fuses_loss: bool) -> dict[str, bool]:
+    """What Liger Kernel is told beside the user's own settings: our loss head takes the place of its own."""
+    return {"fused_linear_cross_entropy": False} if fuses_loss else {}
+
+
 def defer_logits(head: nn.Linear, on_loss: Callable[[int], None], on_read: Callable[[str], None]) -> None:
     """Make `head` hand out deferred logits.
 

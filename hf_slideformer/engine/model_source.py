@@ -80,12 +80,6 @@ def model_without_data(config: Any, *, dtype: torch.dtype, trust_remote_code: bo
     return model
 
 
-def max_positions(config: Any) -> int | None:
-    """Tokens that a sequence may have, where the configuration says it."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def _auto_class(config: Any) -> Any:
     remote = getattr(config, "auto_map", None) or {}
     kind = type(config)

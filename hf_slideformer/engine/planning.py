@@ -49,6 +49,11 @@ class Planned:
         return describe(workload, self.plan.decisions, notes=self.plan.notes)
 
 
+def plans_activations(device: torch.device, config: SlideConfig) -> bool:
+    """Whether there is memory to fill: that of a GPU, or as much RAM as the user lets stand in for one."""
+    return device.type == "cuda" or config.gpu_memory is not None
+
+
 def plan_for(
     model: nn.Module,
     blueprint: Blueprint,
@@ -84,8 +89,7 @@ def plan_for(
     budgets = budgets or find_budgets(config, device, model)
     hardware = hardware or hardware_of_this_machine(device)
     placement, notes = config.placement, blueprint.notes(training=training)
-    # Without a GPU there is no memory to fill, unless the user says how much RAM stands in for it.
-    limited = device.type == "cuda" or config.gpu_memory is not None
+    limited = plans_activations(device, config)
     if placement == "auto" and not limited:
         placement = "stream"
     if placement == "auto" and shape is None and training and decisions is None:

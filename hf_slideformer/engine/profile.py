@@ -27,16 +27,12 @@ from transformers.utils import is_liger_kernel_available
 
 from ..planner.profile import ModelProfile, UnitProfile
 from .allocations import AllocationTracker, block_bytes
+from .captured import captured, captured_lengths
 from .estimate import estimate_profile
 from .fake import cuda_workspace_bytes, fake_copy, liger_applied, on_fake_tensors
-from .loss import defer_logits, find_head
+from .loss import defer_logits, find_head, output_embeddings
 from .recompute import SavedActivations
 from .units import UnitModule, find_units, param_spec
-
-try:
-    from transformers.utils.output_capturing import _active_collector as _output_collector
-except ImportError:  # versions that capture outputs in another way
-    _output_collector = None
 
 logger = logging.getLogger(__name__)
 
@@ -301,8 +297,7 @@ def _sum_of_runs(runs: list[UnitProfile], boundary_bytes: int) -> UnitProfile:
 def _loss_grad_bytes(model: nn.Module, units: list[UnitModule]) -> int:
     """Bytes of the gradients, in their final dtypes, that parameters outside of units have got from the loss."""
     in_units = {id(param) for unit in units for param in unit.parameters.values()}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    head = output_embeddings(model)
     # A tied weight's gradient waits in autograd for the embedding's.
     last = {id(param) for param in head.parameters() if param.requires_grad} if head is not None else set()
     return sum(
@@ -412,7 +407,7 @@ class _FirstRun:
         tracker, kind = self.recorder.tracker, self.kind
         tracker.restart_peak()
         before = (tracker.live, tracker.flops, tracker.traffic)
-        recorded = {key: len(values) for key, values in _captured().items()}
+        recorded = captured_lengths()
         self._autocast = torch.is_autocast_enabled("cpu")
         with torch.set_grad_enabled(with_graph), _uncached_autocast(self._autocast), self._saved.recording():
             output = self._run()
@@ -498,18 +493,12 @@ def _uncached_autocast(enabled: bool) -> Iterator[None]:
         yield
 
 
-def _captured() -> dict[str, list]:
-    """What transformers' output recorders have caught so far, by name."""
-    collected = _output_collector.get() if _output_collector is not None else None
-    return {key: values for key, values in (collected or {}).items() if isinstance(values, list)}
-
-
 def _detach_captured(before: dict[str, int]) -> None:
     """Cut what recorders caught inside a unit (router logits) off the unit's own graph.
 
     The engine hands it on as further outputs; the little that its gradient takes is not counted.
     """
-    for key, values in _captured().items():
+    for key, values in captured().items():
         start = before.get(key, 0)
         values[start:] = [x.detach() if isinstance(x, torch.Tensor) else x for x in values[start:]]
 

@@ -6,12 +6,12 @@ step and written at least once: weights, master residual and moments by the upda
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..memory.layout import UnitLayout
 from .memory import MemoryModel, missing_bytes
-from .workload import MIN_SLOTS, Budgets, Decisions, Workload
+from .solve import frugal_decisions
+from .workload import Budgets, Decisions, Workload
 
 # Units' state in RAM while it moves: one arrives, one is in use, one leaves (an assumption).
 _MOVING_UNITS = 3
@@ -59,7 +59,7 @@ def share_with_disk(
     memory = MemoryModel(workload)
     shares = (
         _share(workload, budgets, memory, decisions)
-        for decisions in _tried(workload, placement, activations)
+        for decisions in frugal_decisions(workload, placement=placement, activations=activations)
         if not missing_bytes(workload, budgets, memory.gpu_peak(decisions), 0)["GPU"]
     )
     return min(
@@ -67,26 +67,6 @@ def share_with_disk(
         key=lambda share: (share.disk_bytes, share.ram_bytes),
         default=None,
     )
-
-
-def _tried(workload: Workload, placement: str, activations: str) -> Iterator[Decisions]:
-    units = len(workload.layouts)
-    known = workload.profile is not None and workload.training
-    most_resident = 0 if placement == "stream" or not known else units
-    rests = ("recompute", "offload") if activations == "auto" and known else (activations,)
-    if activations == "auto" and not known:
-        rests = ("recompute",)
-    for outside_state in ("GPU", "RAM"):
-        for rest in rests:
-            for resident in range(most_resident + 1):
-                yield Decisions.of(
-                    workload,
-                    resident=resident,
-                    kept=units if rest == "keep" else 0,
-                    rest="recompute" if rest == "keep" else rest,
-                    slots=MIN_SLOTS,
-                    outside_state=outside_state,
-                )
 
 
 def _share(

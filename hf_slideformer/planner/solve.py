@@ -108,15 +108,12 @@ class _Search:
         self.question = question
         self.memory = MemoryModel(question.workload)
         self.units = len(question.workload.layouts)
-        auto, wish = question.activations == "auto", question.activations
-        known = question.workload.profile is not None and question.workload.training
-        # Where nothing is known of activations, room for them cannot be given away.
-        self.stream = stream = question.placement == "stream" or not known
-        self.most_resident = 0 if stream else self.units
-        self.most_kept = self.units if wish == "keep" or (auto and not stream) else 0
-        self.least_kept = self.units if wish == "keep" else 0
-        both = ("recompute", "offload") if known else ("recompute",)
-        self.rests = both if auto else ("recompute",) if wish == "keep" else (wish,)
+        auto, keep = question.activations == "auto", question.activations == "keep"
+        self.stream = _streams_all(question.workload, question.placement)
+        self.most_resident = 0 if self.stream else self.units
+        self.most_kept = self.units if keep or (auto and not self.stream) else 0
+        self.least_kept = self.units if keep else 0
+        self.rests = _rests(question.workload, question.activations)
 
     def fitting(self) -> Iterator[_Candidate]:
         """Candidates that fit. Measures that cost time without a gain elsewhere are taken only where needed: optimizer
@@ -160,9 +157,9 @@ class _Search:
             if rest == "offload" and kept == self.units:
                 continue  # nothing is left to offload
             decisions = decide(kept)
-            if not any(self.missing(decisions).values()):
-                nbytes = self.memory.gpu_peak(decisions) + self.memory.ram_train(decisions)
-                yield _Candidate(decisions, nbytes, self._pageable(decisions))
+            peaks = self.memory.gpu_peak(decisions), self.memory.ram_train(decisions)
+            if not any(self.missing(decisions, peaks).values()):
+                yield _Candidate(decisions, sum(peaks), self._pageable(decisions))
 
     def _most_kept(self, decide: Callable[[int], Decisions], guess: int) -> int | None:
         """The most units whose activations can be kept on the GPU, looked for around `guess`.
@@ -216,18 +213,10 @@ class _Search:
 
     def least(self) -> Decisions:
         """The decisions that come nearest to the budgets: first the GPU's, then that of RAM."""
-        tried = (
-            Decisions.of(
-                self.question.workload,
-                resident=resident,
-                kept=self.least_kept,
-                rest=rest,
-                slots=MIN_SLOTS,
-                outside_state=outside_state,
-            )
-            for outside_state in ("GPU", "RAM")
-            for rest in self.rests
-            for resident in range(self.most_resident + 1)
+        tried = frugal_decisions(
+            self.question.workload,
+            placement=self.question.placement,
+            activations=self.question.activations,
         )
 
         def shortfall(decisions: Decisions) -> tuple[int, int, int]:
@@ -236,6 +225,44 @@ class _Search:
             return missing["GPU"], missing["RAM"], sum(peaks)
 
         return min(tried, key=shortfall)
+
+
+def _is_known(workload: Workload) -> bool:
+    return workload.profile is not None and workload.training
+
+
+def _streams_all(workload: Workload, placement: str) -> bool:
+    """Whether no unit may stay; where nothing is known of activations, room for them cannot be given away."""
+    return placement == "stream" or not _is_known(workload)
+
+
+def _rests(workload: Workload, activations: str) -> tuple[str, ...]:
+    """What may happen to the activations of units that do not keep them."""
+    if activations == "auto":
+        return ("recompute", "offload") if _is_known(workload) else ("recompute",)
+    return ("recompute",) if activations == "keep" else (activations,)
+
+
+def frugal_decisions(workload: Workload, *, placement: str, activations: str) -> Iterator[Decisions]:
+    """Decisions that keep no more activations than they must, for every number of residents.
+
+    Args:
+        workload: what is planned for.
+        placement: as for `solve`.
+        activations: as for `solve`.
+    """
+    units = len(workload.layouts)
+    for outside_state in ("GPU", "RAM"):
+        for rest in _rests(workload, activations):
+            for resident in range(1 if _streams_all(workload, placement) else units + 1):
+                yield Decisions.of(
+                    workload,
+                    resident=resident,
+                    kept=units if activations == "keep" else 0,
+                    rest=rest,
+                    slots=MIN_SLOTS,
+                    outside_state=outside_state,
+                )
 
 
 def _fastest(question: _Question, found: Sequence[_Candidate]) -> _Candidate:
