@@ -38,6 +38,7 @@ NEVER_NULL = {
     "warmup_steps",
     "measured_steps",
     "params",
+    "step_s",
     "step_s_p20",
     "step_s_p50",
     "step_s_p80",

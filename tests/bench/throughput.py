@@ -212,6 +212,7 @@ def measure(args: argparse.Namespace, batch_size: int) -> dict:
 
 RESULT_KEYS = (
     "params",
+    "step_s",
     "step_s_p20",
     "step_s_p50",
     "step_s_p80",
@@ -450,12 +451,18 @@ class StepClock:
         return {key: (after[key] - before.get(key, 0)) / (self.last - self.first) for key in after}
 
     def summary(self) -> dict[str, float]:
-        """Return the quantiles of a step and the mean between the two synchronisations, in seconds."""
+        """Return every measured step, their quantiles, and the mean between the two synchronisations, in seconds."""
         import numpy as np
 
         seconds = np.diff(self.starts_s)
         p20, p50, p80 = np.percentile(seconds, [20, 50, 80]).tolist()
-        return {"step_s_p20": p20, "step_s_p50": p50, "step_s_p80": p80, "step_s_mean": float(seconds.mean())}
+        return {
+            "step_s": seconds.tolist(),
+            "step_s_p20": p20,
+            "step_s_p50": p50,
+            "step_s_p80": p80,
+            "step_s_mean": float(seconds.mean()),
+        }
 
 
 def slide_metrics(trainer) -> dict[str, float]:
