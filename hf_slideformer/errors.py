@@ -29,5 +29,9 @@ class CheckpointError(SlideFormerError):
     """A checkpoint cannot be written or read back exactly."""
 
 
+class DiskError(SlideFormerError, OSError):
+    """Reading or writing state on disk failed: names the file, the offset, bytes wanted and got, and the cause."""
+
+
 class ProbeError(SlideFormerError):
     """A machine cannot be measured: too little memory or disk is free, or a measurement failed."""

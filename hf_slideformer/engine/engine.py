@@ -14,6 +14,7 @@ gradients have landed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import inspect
@@ -21,7 +22,7 @@ import logging
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -706,6 +707,16 @@ class SlideEngine:
                 raise
 
         return run
+
+    @contextlib.contextmanager
+    def state_in_memory(self, states: Sequence[ParamState], *, write: bool = False) -> Iterator[None]:
+        """Make `residual` and `moments` of parameters of one unit tensors that can be read, wherever they live.
+
+        Args:
+            states: all of one unit, or none of any unit.
+            write: put changes back where the state lives.
+        """
+        yield
 
     def state_loaded(self) -> None:
         """See `OptimizerBackend`."""

@@ -70,6 +70,9 @@ class Decisions:
         slots: GPU buffers that the other units take turns in; at least 2, of no size where no unit streams.
         staging_buffers: host buffers that gradients pass through.
         outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
+        on_disk: indices of the streamed units whose master residuals and moments are on disk between updates; their
+            weights and gradients stay in RAM.
+        disk_buffers: host buffers, each as large as the largest such state, that it passes through.
     """
 
     resident: tuple[int, ...]
@@ -77,6 +80,8 @@ class Decisions:
     slots: int
     staging_buffers: int
     outside_state: str = "GPU"
+    on_disk: tuple[int, ...] = ()
+    disk_buffers: int = 0
 
     @classmethod
     def of(
