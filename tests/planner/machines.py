@@ -1,4 +1,4 @@
-"""Machines and models for the planner's tests: the H100 machine of the measured rows, and Llama-3.1-8B with Liger."""
+"""Machines and models for the planner's tests: the H100 machine of the rows, and Llamas with Liger's layers."""
 
 import dataclasses
 from pathlib import Path
@@ -13,12 +13,13 @@ from hf_slideformer.planner.workload import Workload
 GIB = 2**30
 MIB = 2**20
 
-# The measured machine; the 8-bit rate on the CPU is that of the kernel with which the streamed 8-bit row was made.
-_MEASURED = Hardware.from_file(Path(__file__).parents[2] / "docs/benchmarks/2026-11-22-h100-plan/probe.json")
+# The machine as `slideformer probe` measured it. In H100 the 8-bit rate on the CPU is that of the kernel with which the
+# streamed 8-bit row was made.
+PROBED = Hardware.from_file(Path(__file__).parents[2] / "docs/benchmarks/2026-11-22-h100-plan/probe.json")
 H100 = dataclasses.replace(
-    _MEASURED,
-    cpu_adamw=_MEASURED.cpu_adamw | {"8bit": 7.3e9},
-    cpu_adamw_loaded=_MEASURED.cpu_adamw_loaded | {"8bit": 4.7e9},
+    PROBED,
+    cpu_adamw=PROBED.cpu_adamw | {"8bit": 7.3e9},
+    cpu_adamw_loaded=PROBED.cpu_adamw_loaded | {"8bit": 4.7e9},
 )
 
 
@@ -26,13 +27,16 @@ def spec(name, *shape, dtype=torch.bfloat16, trainable=True, source=None):
     return ParamSpec(name, shape, dtype, source or dtype, dtype == torch.bfloat16, trainable)
 
 
-def llama_layer(hidden=4096, kv=1024, inner=14336):
-    """The parameters of one decoder layer."""
+def llama_layer(hidden=4096, kv=1024, inner=14336, queries=None, bias=False):
+    """The parameters of one decoder layer; `queries` is the width of all query heads, `bias` that of q, k and v."""
+    queries = queries or hidden
+    biases = [spec("q_bias", queries), spec("k_bias", kv), spec("v_bias", kv)] if bias else []
     return [
-        spec("q", hidden, hidden),
+        spec("q", queries, hidden),
         spec("k", kv, hidden),
         spec("v", kv, hidden),
-        spec("o", hidden, hidden),
+        *biases,
+        spec("o", hidden, queries),
         spec("gate", inner, hidden),
         spec("up", inner, hidden),
         spec("down", hidden, inner),
@@ -42,21 +46,30 @@ def llama_layer(hidden=4096, kv=1024, inner=14336):
 
 
 def llama_profile(
-    batch_size, seq_len=1024, *, layers=32, hidden=4096, kv=1024, inner=14336, vocabulary=128256
+    batch_size,
+    seq_len=1024,
+    *,
+    layers=32,
+    hidden=4096,
+    kv=1024,
+    inner=14336,
+    queries=None,
+    vocabulary=128256,
 ):
     """Activations with Liger's layers and the fused loss, from shapes: (tokens, width) tensors in bf16.
 
     At 8,192 tokens a layer saves 1.06 GiB and its input is 64 MiB, as measured.
     """
     tokens = batch_size * seq_len
-    matrices = 2 * hidden * hidden + 2 * kv * hidden + 3 * inner * hidden
+    queries = queries or hidden
+    matrices = 2 * queries * hidden + 2 * kv * hidden + 3 * inner * hidden
     products = 2 * tokens * matrices
-    attention = 4 * batch_size * seq_len**2 * hidden
+    attention = 2 * batch_size * seq_len**2 * queries  # two products, of which the causal mask leaves half
     row = 2 * tokens
     unit = UnitProfile(
         boundary_bytes=row * hidden,
         # Two norms' outputs, q, k, v and attention's output, the sum after attention, gate, up and their product.
-        saved_bytes=row * (5 * hidden + 2 * kv + 3 * inner),
+        saved_bytes=row * (3 * hidden + 2 * queries + 2 * kv + 3 * inner),
         forward_bytes=row * (3 * hidden + 3 * inner),
         backward_bytes=row * (3 * hidden + 2 * inner),
         forward_flops=products + attention,
@@ -78,20 +91,28 @@ def llama_profile(
 
 
 def llama(
-    batch_size=8, seq_len=1024, *, layers=32, hidden=4096, kv=1024, inner=14336, vocabulary=128256, **settings
+    batch_size=8,
+    seq_len=1024,
+    *,
+    layers=32,
+    hidden=4096,
+    kv=1024,
+    inner=14336,
+    queries=None,
+    bias=False,
+    tied=False,
+    vocabulary=128256,
+    **settings,
 ):
-    """Training of Llama-3.1-8B, or of a model of that kind with other sizes."""
-    sizes = {"hidden": hidden, "kv": kv, "inner": inner}
+    """Training of Llama-3.1-8B, or of a model of that kind with other sizes; a `tied` head is the embedding."""
+    sizes = {"hidden": hidden, "kv": kv, "inner": inner, "queries": queries}
     settings.setdefault(
         "profile", llama_profile(batch_size, seq_len, layers=layers, vocabulary=vocabulary, **sizes)
     )
+    head = () if tied else (spec("head", vocabulary, hidden),)
     return Workload(
-        layouts=(lay_out(llama_layer(**sizes)),) * layers,
-        outside=(
-            spec("embedding", vocabulary, hidden),
-            spec("norm", hidden),
-            spec("head", vocabulary, hidden),
-        ),
-        last_gradients=frozenset({"embedding"}),
+        layouts=(lay_out(llama_layer(**sizes, bias=bias)),) * layers,
+        outside=(spec("embedding", vocabulary, hidden), spec("norm", hidden), *head),
+        last_gradients=frozenset() if tied else frozenset({"embedding"}),
         **settings,
     )
