@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .hardware import Hardware
     from .planner.disk import DiskShare
     from .planner.plan import Plan
-    from .planner.workload import Budgets
+    from .planner.workload import Budgets, Workload
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_ARGUMENTS, EXIT_DOES_NOT_FIT = 0, 1, 2, 3
 
@@ -107,7 +107,7 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
     machine.add_argument(
         "--nvme",
         metavar="SIZE",
-        help="disk for state; not available yet, but the answer says what would lie there",
+        help="disk for optimizer state that exceeds RAM, such as 2TB (default: none)",
     )
     settings = parser.add_argument_group("settings, as in SlideConfig")
     settings.add_argument(
@@ -153,8 +153,8 @@ def _plan(options: argparse.Namespace) -> int:
         )
     except PlanError as error:
         return _refuse(asked, error, as_json=options.json)
-    if wanted.nvme is not None:
-        asked.notes.append("it fits without a disk, where no state can lie yet")
+    if wanted.nvme is not None and not planned.plan.decisions.on_disk:
+        asked.notes.append("it fits without a disk")
     plan = replace(planned.plan, notes=(*planned.plan.notes, *asked.notes))
     advice = _advice(asked, planned)
     if options.json:
@@ -311,24 +311,19 @@ class _Asked:
 
         return torch.device("cuda" if self.hardware.gpu else "cpu")
 
-    def disk_share(self) -> DiskShare | None:
-        """What would lie on disk if it could; None if that would not help."""
+    def workload(self) -> Workload:
+        """What the planner is asked about, where there is a GPU."""
         from .engine.planning import profiler
-        from .planner.disk import share_with_disk
 
-        if not self.hardware.gpu:
-            return None
-        training = self.training
         profile_for = profiler(
             self.model,
             self.blueprint,
             device=self.device,
-            bf16=training.bf16,
+            bf16=self.training.bf16,
             seq_len=self.shape.seq_len,
             liger=self.liger,
         )
-        workload = self.blueprint.workload(profile_for(training.batch_size), training=True)
-        return share_with_disk(workload, self.budgets, **training.wishes)
+        return self.blueprint.workload(profile_for(self.training.batch_size), training=True)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -394,7 +389,8 @@ def _machine(name: str | None, training: _Training) -> tuple[Hardware, Budgets, 
     # Without a GPU, RAM stands in for it.
     gpu = training.gpu or (there.gpu if hardware.gpu else ram)
     disk = training.nvme or hardware.disk_bytes
-    return replace(hardware, gpu_bytes=gpu, ram_bytes=ram, disk_bytes=disk), Budgets(gpu=gpu, ram=ram), notes
+    hardware = replace(hardware, gpu_bytes=gpu, ram_bytes=ram, disk_bytes=disk)
+    return hardware, Budgets(gpu=gpu, ram=ram, disk=training.nvme), notes
 
 
 def plan_report(plan: Plan) -> str:
@@ -403,9 +399,10 @@ def plan_report(plan: Plan) -> str:
     from .planner.timeline import COMPUTE
 
     lines = [str(replace(plan, notes=(), prediction=None))]
-    lines.append(f"  {'peaks':<34} {'GPU':>15} {'RAM':>15}")
+    tiers = ("GPU", "RAM", "disk") if plan.decisions.on_disk else ("GPU", "RAM")
+    lines.append(" ".join([f"  {'peaks':<34}", *(f"{tier:>15}" for tier in tiers)]))
     for phase, peak in plan.peaks.items():
-        lines.append(f"    {phase:<32} {format_bytes(peak['GPU']):>15} {format_bytes(peak['RAM']):>15}")
+        lines.append(" ".join([f"    {phase:<32}", *(f"{format_bytes(peak[tier]):>15}" for tier in tiers)]))
     if plan.prediction is not None:
         told = plan.prediction
         lines.append(
@@ -443,10 +440,9 @@ def _advice(asked: _Asked, planned: Planned) -> list[str]:
 
 
 def _refuse(asked: _Asked, error: PlanError, *, as_json: bool) -> int:
-    """Say that it does not fit, and what a disk would have to hold if --nvme asks that."""
+    """Say that it does not fit, and with --nvme what a disk would have to hold besides optimizer state."""
     message = " ".join(str(error).split())
-    with_disk = asked.training.nvme is not None
-    share = asked.disk_share() if with_disk else None
+    with_disk, share = _beyond_optimizer_state(asked)
     if as_json:
         disk = {"disk": None if share is None else asdict(share)} if with_disk else {}
         print(json.dumps({"fits": False, **asked.as_dict(), "error": message, **disk}, indent=2))
@@ -459,10 +455,24 @@ def _refuse(asked: _Asked, error: PlanError, *, as_json: bool) -> int:
     return EXIT_DOES_NOT_FIT
 
 
+def _beyond_optimizer_state(asked: _Asked) -> tuple[bool, DiskShare | None]:
+    """Whether no disk is large enough for optimizer state alone to go there, and what would lie where if weights and
+    gradients could too (None if that would not help).
+    """
+    from .planner.disk import optimizer_state_is_enough, share_with_disk
+
+    if asked.training.nvme is None or asked.hardware.gpu is None:
+        return False, None
+    workload, wishes = asked.workload(), asked.training.wishes
+    if optimizer_state_is_enough(workload, asked.budgets, **wishes):
+        return False, None
+    return True, share_with_disk(workload, asked.budgets, **wishes)
+
+
 def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
     if share is None:
         return [
-            "With state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
+            "With all state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
         ]
     assert hardware.disk_bytes is not None, "given by --nvme"
     enough = "which fits" if share.disk_bytes <= hardware.disk_bytes else "which does not fit"
@@ -477,7 +487,7 @@ def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
         ("in RAM", share.ram_bytes, hardware.ram_bytes, f"the state of {share.in_ram} units"),
         ("on disk", share.disk_bytes, hardware.disk_bytes, f"the state of {share.on_disk} units, {enough}"),
     )
-    lines = ["With state on disk (not available yet) it would lie"]
+    lines = ["With weights and gradients on disk too (not available yet) it would lie"]
     lines += [
         f"  {place:<12} {_gib(held):>14} of {_gib(there)}: {what}" for place, held, there, what in places
     ]

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,21 @@ def parse_bytes(size: int | str) -> int:
     return result
 
 
+def _directories(given: Any) -> tuple[str, ...]:
+    """The directories that a value of `nvme_dir` names; whether they exist is for the machine to say that trains."""
+    several = given.split(os.pathsep) if isinstance(given, str) else given
+    if isinstance(several, os.PathLike):
+        several = [several]
+    if not isinstance(several, (list, tuple)):
+        raise ConfigError(f"nvme_dir must be a directory or a list of directories, got {given!r}")
+    paths = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in several]
+    if not paths or not all(isinstance(path, str) and path.strip() for path in paths):
+        raise ConfigError(f"nvme_dir must be a directory or a list of directories, got {given!r}")
+    if len({os.path.normpath(path) for path in paths}) < len(paths):
+        raise ConfigError(f"nvme_dir names a directory twice: {', '.join(map(repr, paths))}; name each once")
+    return tuple(paths)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlideConfig:
     """Where training state may live and how a step is run.
@@ -66,8 +81,9 @@ class SlideConfig:
         gpu_memory: bytes of GPU memory that may be used ("24GiB", a number, or None for what is there).
         cpu_memory: bytes of RAM that may be used, likewise.
         pinned_memory: bytes of RAM that may be pinned, likewise. Above it, buffers stay pageable.
-        nvme_dir: directory for state on disk (not available yet).
-        nvme_memory: bytes of that directory that may be used.
+        nvme_dir: directory for optimizer state that exceeds RAM; None keeps all state off disk. Several directories, on
+            drives of their own, share the work: a list, or one text with `os.pathsep` between them. Kept as a tuple.
+        nvme_memory: bytes that may be used there in all, or None for what is free.
         placement: "stream" streams every unit from RAM; "auto" lets the planner fill the GPU. Without a GPU, "auto"
             means "stream" unless `gpu_memory` says how much RAM stands in for it.
         activations: what happens to the activations of units: "keep" holds them on the GPU, "recompute" holds only
@@ -91,7 +107,7 @@ class SlideConfig:
     gpu_memory: int | str | None = None
     cpu_memory: int | str | None = None
     pinned_memory: int | str | None = None
-    nvme_dir: str | os.PathLike | None = None
+    nvme_dir: str | os.PathLike | Sequence[str | os.PathLike] | None = None
     nvme_memory: int | str | None = None
     placement: str = "auto"
     activations: str = "auto"
@@ -117,14 +133,25 @@ class SlideConfig:
                 raise ConfigError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
             if (name, value) in _NOT_YET:
                 raise ConfigError(f"{name}={value!r} is not available yet; {_NOT_YET[name, value]}")
-        if self.nvme_dir is not None or self.nvme_memory is not None:
-            raise ConfigError("state on NVMe is not available yet; remove nvme_dir and nvme_memory")
+        if self.nvme_dir is not None:
+            object.__setattr__(self, "nvme_dir", _directories(self.nvme_dir))
+        elif self.nvme_memory is not None:
+            raise ConfigError(
+                "nvme_memory says how much of nvme_dir may be used, and there is no nvme_dir; name a directory"
+            )
         for name in ("cpu_threads", "seq_len"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}")
         if not isinstance(self.trace_steps, int) or self.trace_steps < 0:
             raise ConfigError(f"trace_steps must be a non-negative integer, got {self.trace_steps!r}")
+
+    @property
+    def nvme_dirs(self) -> tuple[str, ...]:
+        """The directories for state on disk, `~` expanded; none where nothing may lie there."""
+        directories = self.nvme_dir or ()
+        assert isinstance(directories, tuple), "made so when it was checked"
+        return tuple(os.path.expanduser(directory) for directory in directories)
 
     @classmethod
     def of(cls, value: SlideConfig | Mapping[str, Any] | str | os.PathLike | None) -> SlideConfig:

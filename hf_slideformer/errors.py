@@ -30,7 +30,36 @@ class CheckpointError(SlideFormerError):
 
 
 class DiskError(SlideFormerError, OSError):
-    """Reading or writing state on disk failed: names the file, the offset, bytes wanted and got, and the cause."""
+    """Reading or writing state on disk failed: names the file, the offset, bytes wanted and got, and the cause.
+
+    Attributes:
+        filename: of the file, or the directory that was refused.
+        offset: in that file, where the transfer began.
+        wanted: bytes that were asked for.
+        got: bytes that were moved before the failure, or, where space was reserved, bytes that are free.
+        errno: the system's error number; None where it gave none, as for a transfer that came to a halt.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        filename: str | None = None,
+        offset: int | None = None,
+        wanted: int | None = None,
+        got: int | None = None,
+        errno: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.filename = filename
+        self.offset = offset
+        self.wanted = wanted
+        self.got = got
+        self.errno = errno
+
+    def __str__(self) -> str:
+        return self.message  # OSError would make its own from errno and filename
 
 
 class ProbeError(SlideFormerError):

@@ -26,7 +26,8 @@ class Metrics:
 
     Keys used by the engine: `h2d_bytes`, `d2h_bytes`, `updated_params`, and seconds `wait_weights_s`
     (the computing thread waited for a unit's weights), `wait_gradients_s` (it waited for gradients to
-    land), `update_s` (the update worker was busy).
+    land), `update_s` (the update worker was busy). With state on disk also `disk_read_bytes`, `disk_write_bytes`, and
+    the seconds that reads and writes took, `disk_read_s` and `disk_write_s` (several may run at once).
     """
 
     def __init__(self) -> None:

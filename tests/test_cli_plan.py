@@ -242,7 +242,7 @@ def test_gpu_that_is_too_small(config_file, capsys):
     assert cli.main(["plan", model, "--hardware", "rtx4090-256gb", "--gpu", "4GiB", "--nvme", "4TB"]) == 3
     out = capsys.readouterr().out
     assert re.search(r"needs [\d.]+ GiB of GPU", out)
-    assert "With state on disk it would not fit either" in out
+    assert "With all state on disk it would not fit either" in out
 
 
 def test_123_b_on_a_desktop_says_where_it_would_go(config_file, answer, capsys):
@@ -271,7 +271,44 @@ def test_123_b_on_a_desktop_says_where_it_would_go(config_file, answer, capsys):
 @pytest.mark.usefixtures("no_advice")
 def test_disk_that_is_not_needed(small, answer):
     code, plan = answer(small, "--hardware", "h100", "--nvme", "1TB")
-    assert code == 0 and "it fits without a disk, where no state can lie yet" in plan["notes"]
+    assert code == 0 and "it fits without a disk" in plan["notes"]
+    assert plan["decisions"]["on_disk"] == [] and plan["budgets"]["disk"] == 10**12
+
+
+@pytest.mark.usefixtures("no_advice")
+def test_optimizer_state_goes_to_disk(small, answer, capsys):
+    arguments = (small, "--hardware", "rtx4090-64gb", "--gpu", "150MiB", "--ram", "120MiB")
+    code, refused = answer(*arguments)
+    assert code == 3
+    needed = re.search(
+        r"With nvme_dir it needs .*, which fits, and ([\d.]+ MiB|[\d.]+ GiB) of disk", refused["error"]
+    )
+    arguments += ("--nvme", "1GB")
+    code, plan = answer(*arguments)
+    assert code == 0 and plan["decisions"]["on_disk"]
+    (item,) = (item for item in plan["items"] if item["tier"] == "disk")
+    assert item["what"] == "residuals and moments" and item["nbytes"] <= 10**9
+    assert item["nbytes"] >= parse_bytes(needed[1]) * 0.99  # that was with the fewest buffers
+    assert plan["budgets"]["disk"] == plan["hardware"]["disk_bytes"] == 10**9
+    assert plan["left"]["disk"] == 10**9 - item["nbytes"]
+    assert {peak["disk"] for peak in plan["peaks"].values()} == {item["nbytes"]}
+    assert max(plan["peaks"][phase]["RAM"] for phase in ("load", "train")) <= parse_bytes("120MiB")
+    assert not any("without a disk" in note for note in plan["notes"])
+    assert cli.main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    size = re.escape(format_bytes(item["nbytes"]))
+    assert re.search(rf"\n  disk +{size}, .* left\n    residuals and moments +{size}\n", text)
+    assert re.search(r"\n  peaks +GPU +RAM +disk\n", text) and re.search(rf"\n    resume .* {size}\n", text)
+
+
+def test_disk_that_is_too_small(small, answer, capsys):
+    arguments = (small, "--hardware", "rtx4090-64gb", "--gpu", "150MiB", "--ram", "120MiB", "--nvme", "10MB")
+    code, refused = answer(*arguments)
+    # A larger disk is enough, so nothing is said of weights and gradients there.
+    assert code == 3 and "disk" not in refused
+    assert re.match(r"The plan needs [\d.]+ \wiB of disk \(.*\); 9\.54 MiB may be used", refused["error"])
+    assert cli.main(["plan", *arguments]) == 3
+    assert "weights and gradients" not in capsys.readouterr().out
 
 
 def test_this_machine_without_a_gpu(small, answer, capsys):

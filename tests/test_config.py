@@ -1,6 +1,9 @@
 """`SlideConfig`: sizes, sources and errors."""
 
 import dataclasses
+import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -133,3 +136,55 @@ def test_bad_values(name):
 def test_bad_types(name, value):
     with pytest.raises(ConfigError, match=rf"{name} must be"):
         SlideConfig(**{name: value})
+
+
+def test_directories_for_state_on_disk(tmp_path):
+    path = tmp_path / "state"
+    for given in (path, str(path), [path], (str(path),), [str(path)]):
+        config = SlideConfig(nvme_dir=given)
+        assert config.nvme_dir == config.nvme_dirs == (str(path),)
+        assert not path.exists()  # it may be a directory of another machine
+    two = SlideConfig(nvme_dir=f"/a{os.pathsep}/b", nvme_memory="2TB")
+    assert two.nvme_dirs == ("/a", "/b") and two.nvme_memory == 2 * 10**12
+    assert two == SlideConfig(nvme_dir=["/a", Path("/b")], nvme_memory=2 * 10**12)
+    # In a list, and as a path, the separator is part of a name.
+    assert SlideConfig(nvme_dir=[f"/a{os.pathsep}b"]).nvme_dirs == (f"/a{os.pathsep}b",)
+    assert SlideConfig(nvme_dir=Path(f"/a{os.pathsep}b")).nvme_dirs == (f"/a{os.pathsep}b",)
+    assert SlideConfig().nvme_dirs == ()
+
+
+def test_a_home_directory_is_that_of_the_machine_that_trains(monkeypatch):
+    config = SlideConfig(nvme_dir="~/state")
+    assert config.nvme_dir == ("~/state",)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert config.nvme_dirs == ("/home/somebody/state",)
+
+
+def test_directories_in_yaml_and_json(tmp_path):
+    path = tmp_path / "slide.yaml"
+    path.write_text("nvme_dir: [/a, /b]\nnvme_memory: 1TiB\n")
+    expected = SlideConfig(nvme_dir=["/a", "/b"], nvme_memory=2**40)
+    assert SlideConfig.of(path) == expected
+    path.write_text(f"nvme_dir: '/a{os.pathsep}/b'\nnvme_memory: 1TiB\n")
+    assert SlideConfig.of(path) == expected
+    assert SlideConfig.of(json.loads(json.dumps(dataclasses.asdict(expected)))) == expected
+
+
+@pytest.mark.parametrize(
+    "given", ["", " ", [], (), ["/a", ""], f"/a{os.pathsep}", 3, b"/a", [b"/a"], {"/a": 1}, True]
+)
+def test_what_names_no_directories(given):
+    with pytest.raises(ConfigError, match="nvme_dir must be a directory or a list of directories, got"):
+        SlideConfig(nvme_dir=given)
+
+
+def test_a_directory_named_twice():
+    with pytest.raises(ConfigError, match=r"nvme_dir names a directory twice: '/a', '/a/'; name each once"):
+        SlideConfig(nvme_dir=["/a", "/a/"])
+
+
+def test_a_limit_for_no_disk():
+    with pytest.raises(ConfigError, match=r"nvme_memory .* no nvme_dir; name a directory"):
+        SlideConfig(nvme_memory="1TB")
+    with pytest.raises(ConfigError, match=r"^nvme_memory: 'much' is not a size"):
+        SlideConfig(nvme_dir="/a", nvme_memory="much")

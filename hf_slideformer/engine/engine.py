@@ -33,8 +33,10 @@ from transformers import PreTrainedModel
 from ..config import SlideConfig
 from ..errors import PlanError, StateError, UnsupportedModelError
 from ..hardware import default_update_threads
-from ..memory.allocator import use_expandable_segments
-from ..memory.layout import Segment, lay_out
+from ..memory.allocator import return_freed_memory, use_expandable_segments
+from ..memory.disk import DiskStore
+from ..memory.disk_state import DiskState, Loan
+from ..memory.layout import Segment, lay_out, lay_out_on_disk
 from ..memory.manager import UnitMemory
 from ..memory.offload import TensorOffload
 from ..memory.pinned import HostBuffer
@@ -42,7 +44,16 @@ from ..memory.pool import SlotPool
 from ..memory.transfer import Lane
 from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
-from ..optim.state import Hyperparams, ParamState, apply_update, plan_runs, update_unit, zero_moments
+from ..optim.state import (
+    Hyperparams,
+    ParamState,
+    UnitUpdate,
+    UpdateRun,
+    apply_update,
+    plan_runs,
+    update_unit,
+    zero_moments,
+)
 from ..optim.worker import UpdateWorker
 from ..planner.workload import Decisions
 from .batch_shape import BatchShape
@@ -73,8 +84,8 @@ class SlideEngine:
         for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
         shape: what is known of micro-batches; without it the planner keeps away from what depends on them.
         decisions: where state lives and what happens to activations; None lets the planner decide.
-        delays: for tests on the CPU: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" and of
-            "update", by label.
+        delays: for tests: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" (on the CPU), of
+            "update" and of "disk", by label.
 
     Raises:
         UnsupportedModelError: nothing to stream, or weights that cannot be.
@@ -96,7 +107,7 @@ class SlideEngine:
         decisions: Decisions | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
-        delays = delays or {}
+        self._delays = delays = delays or {}
         check_has_data(model)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -147,6 +158,7 @@ class SlideEngine:
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
         use_expandable_segments(device)
+        self._disk = self._open_disk(blueprint, decisions)
         units = self._move(model, blueprint, decisions)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # weights that were there before left gaps of other sizes
@@ -169,7 +181,9 @@ class SlideEngine:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
         self._gradient_hooks: list[RemovableHandle] = []
-        self._finalizer = weakref.finalize(self, _close, self._lanes, self._worker, self._gradient_hooks)
+        self._finalizer = weakref.finalize(
+            self, _close, self._lanes, self._worker, self._disk, self._gradient_hooks
+        )
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -202,9 +216,15 @@ class SlideEngine:
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
                 streamed = index not in decisions.resident
                 layout = layout if streamed else lay_out([])
+                loan = self._disk.borrow(index) if self._disk is not None and index in self._disk else None
                 memory = UnitMemory(
-                    layout, pin=streamed and self._pin(layout.weight_bytes + layout.grad_bytes)
+                    layout,
+                    pin=streamed and self._pin(layout.weight_bytes + layout.grad_bytes),
+                    on_disk=loan is not None,
                 )
+                if loan is not None:
+                    loan.ready.wait_host()
+                    memory.attach(loan.buffer, self._disk_layouts[index], blueprint.moments)
                 own = {id(p) for p in unit.parameters.values()} if streamed else set()
                 by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
                 states, owners = [], []
@@ -221,6 +241,12 @@ class SlideEngine:
                     self._rehome(state)
                     states.append(state)
                     owners.append(unit.owners[name])
+                if loan is not None:
+                    for state in states:
+                        state.detach()
+                    memory.detach()
+                    loan.give_back(write=True)
+                return_freed_memory()
                 policy = decisions.activations[index]
                 units.append(
                     Unit(
@@ -281,6 +307,22 @@ class SlideEngine:
                         live=torch.empty(spec.shape, dtype=spec.dtype, device=self.device),
                     )
                 )
+
+    def _open_disk(self, blueprint: Blueprint, decisions: Decisions) -> DiskState | None:
+        """Files for the optimizer state of units that the plan puts on disk."""
+        if not decisions.on_disk:
+            return None
+        store = DiskStore(self.config.nvme_dirs, metrics=self.metrics, delay_s=self._delays.get("disk"))
+        self._disk_layouts = {
+            unit: lay_out_on_disk(blueprint.layouts[unit], blueprint.moments) for unit in decisions.on_disk
+        }
+        engine = weakref.ref(self)
+
+        def failed(error: BaseException) -> None:
+            if (alive := engine()) is not None and alive._broken is None:
+                alive._broken = error
+
+        return DiskState(store, self._disk_layouts, decisions.disk_buffers, failed)
 
     def _outside_updates(self) -> OutsideUpdates | None:
         states = [state for state in self.states if state.updated_in_ram]
@@ -347,15 +389,18 @@ class SlideEngine:
                 )
             for state in unit.states:
                 if state.spec.trainable:
+                    state.moment_format = self._blueprint.moments
                     state.moments = unit.memory.moments(state.segment)
         if self._outside is not None:
             memory = self._outside.memory
             memory.allocate_moments(self._blueprint.moments)
             memory.allocate_gradients(fp32=self._accumulates)
             for state in self._outside.states:
+                state.moment_format = self._blueprint.moments
                 state.moments = memory.moments(state.segment)
         for state in self.states:
             if state.unit is None and state.spec.trainable and not state.moments:
+                state.moment_format = self._blueprint.moments
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
         if self.overlapped and self._optimizer is None:
             self._update_residents_in_backward()
@@ -365,10 +410,17 @@ class SlideEngine:
         self.gradients = self._make_gradients()
 
     def _forget_moments(self) -> None:
-        for state in self.states:
-            state.step = 0
-            for tensor in state.moments.values():
-                tensor.zero_()
+        for states in self.states_by_unit():
+            with self.state_in_memory(states, write=True):
+                for state in states:
+                    state.step = 0
+                    for tensor in state.moments.values():
+                        tensor.zero_()
+
+    def states_by_unit(self) -> list[list[ParamState]]:
+        """The states of each streamed unit, and those outside of them."""
+        outside = [state for state in self.states if state.unit is None]
+        return [*(unit.states for unit in self._streamed), outside]
 
     def _find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
         groups = {}
@@ -662,7 +714,7 @@ class SlideEngine:
             state.param.grad = None
         if not states:
             return
-        buffer, fp32 = unit.memory.grads, unit.memory.grads_fp32
+        buffer = unit.memory.grads
         assert buffer is not None
         with torch.no_grad():
             for state in states:
@@ -672,25 +724,58 @@ class SlideEngine:
                 ):  # someone set p.grad to a tensor of their own
                     place.copy_(grads[state.order])
 
-        def update() -> None:
-            update_unit(unit.memory, buffer, fp32, runs, self._threads)
-
         self.metrics.add("updated_params", sum(state.spec.numel for state in states))
+        update = self._unit_update(unit, runs, fp32=unit.memory.grads_fp32)
         unit.pending_update = self._worker.submit(
-            f"update of {unit.name}", self._guarded(update), priority=self._place_in_forward(unit)
+            f"update of {unit.name}",
+            lambda: update.run(buffer),
+            priority=self._place_in_forward(unit),
+            after=update.after,
+            dropped=update.drop,
         )
 
-    def _overlapped_update(self, unit: Unit, states: list[ParamState]) -> Callable[[HostBuffer], None]:
+    def _unit_update(self, unit: Unit, runs: Sequence[UpdateRun], *, fp32: bool) -> UnitUpdate:
+        """The worker's part of a unit's update; state that lives on disk is on its way from now on."""
+
+        def run(buffer: HostBuffer) -> None:
+            self._guarded(lambda: update_unit(unit.memory, buffer, fp32, runs, self._threads))()
+
+        if self._disk is None or unit.index not in self._disk:
+            return UnitUpdate(run)
+        loan = self._disk.borrow(unit.index)
+
+        def run_on_disk(buffer: HostBuffer) -> None:
+            try:
+                with self._attached(unit, loan):
+                    run(buffer)
+            finally:
+                loan.give_back(write=True)
+
+        return UnitUpdate(run_on_disk, after=(loan.ready,), drop=lambda: loan.give_back(write=False))
+
+    @contextlib.contextmanager
+    def _attached(self, unit: Unit, loan: Loan, *, changes: bool = True) -> Iterator[None]:
+        """A unit's state is the tensors in a borrowed buffer while the block runs."""
+        unit.memory.attach(loan.buffer, self._disk_layouts[unit.index], self._blueprint.moments)
+        try:
+            for state in unit.states:
+                state.attach(unit.memory)
+                if changes:
+                    state.residual_is_stale = False
+            yield
+        finally:
+            for state in unit.states:
+                state.detach()
+            unit.memory.detach()
+
+    def _overlapped_update(self, unit: Unit, states: list[ParamState]) -> UnitUpdate:
         states = [state for state in states if state.order in self._group_of]
         for state in states:
             self._overlapped_hyperparams[state.order] = self._hyperparams(state)
         runs = self._runs(states)
 
-        def update(buffer: HostBuffer) -> None:
-            self._guarded(lambda: update_unit(unit.memory, buffer, False, runs, self._threads))()
-
         self.metrics.add("updated_params", sum(state.spec.numel for state in states))
-        return update
+        return self._unit_update(unit, runs, fp32=False)
 
     def _runs(self, states: list[ParamState]):
         for state in states:
@@ -715,8 +800,22 @@ class SlideEngine:
         Args:
             states: all of one unit, or none of any unit.
             write: put changes back where the state lives.
+
+        Raises:
+            TransferError: reading from disk failed; the cause is chained.
         """
-        yield
+        unit = states[0].unit if states else None
+        if unit is None or self._disk is None or unit not in self._disk:
+            yield
+            return
+        self.synchronize()
+        loan = self._disk.borrow(unit)
+        try:
+            loan.ready.wait_host()
+            with self._attached(self.executor.units[unit], loan, changes=write):
+                yield
+        finally:
+            loan.give_back(write=write)
 
     def state_loaded(self) -> None:
         """See `OptimizerBackend`."""
@@ -807,7 +906,7 @@ class SlideEngine:
         self._load_root = module
         for key, param in module.named_parameters():
             state, value = self._state_of.get(id(param)), state_dict.get(prefix + key)
-            if state is None or state.residual is None or value is None:
+            if state is None or not state.spec.split or value is None:
                 continue
             if value.dtype == torch.float32:
                 self._loading[state.order] = value
@@ -816,10 +915,13 @@ class SlideEngine:
         """Called after `load_state_dict`: residuals follow the weights, fp32 ones exactly."""
         if module is not self._load_root:
             return  # a part of a load that is still going on
-        for state in self.states:
-            if state.order in self._loading:
-                state.write_master(self._loading[state.order])
-            state.check_outside_write()
+        for states in self.states_by_unit():
+            loaded = any(state.order in self._loading for state in states)
+            with self.state_in_memory(states, write=True) if loaded else contextlib.nullcontext():
+                for state in states:
+                    if state.order in self._loading:
+                        state.write_master(self._loading[state.order])
+                    state.check_outside_write()
         self._loading = {}
         self._load_root = None
         self.pool.invalidate()
@@ -833,18 +935,18 @@ class SlideEngine:
             return None
         self.synchronize()
         result = model.state_dict()
-        by_pointer = {state.live.data_ptr(): state for state in self.states}
-        joined: dict[int, torch.Tensor] = {}
-        for name, value in result.items():
-            state = by_pointer.get(value.data_ptr())
-            if state is not None and state.spec.source_dtype != value.dtype:
-                result[name] = joined.setdefault(state.order, state.read_master())
-        return result
+        joined: dict[int, torch.Tensor] = {}  # by address of the live tensor
+        for states in self.states_by_unit():
+            with self.state_in_memory(states):
+                for state in states:
+                    if state.spec.source_dtype != state.spec.dtype:
+                        joined[state.live.data_ptr()] = state.read_master()
+        return {name: joined.get(value.data_ptr(), value) for name, value in result.items()}
 
     @property
     def joins_on_save(self) -> bool:
         """Whether some weights came in as fp32 and are live as the bf16 half of a split master."""
-        return any(s.residual is not None and s.spec.source_dtype == torch.float32 for s in self.states)
+        return any(s.spec.split and s.spec.source_dtype == torch.float32 for s in self.states)
 
     @property
     def fuses_loss(self) -> bool:
@@ -888,7 +990,13 @@ class SlideEngine:
         if self._outside is not None:
             memories.append(self._outside.memory)
         held = sum(buffer.nbytes for memory in memories for buffer in memory.buffers())
+        held += self._disk.host_bytes if self._disk is not None else 0
         return held + self.executor.offload.host_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of state on disk."""
+        return self._disk.disk_bytes if self._disk is not None else 0
 
     @property
     def host_bytes(self) -> int:
@@ -900,12 +1008,16 @@ class SlideEngine:
         self._finalizer()
 
 
-def _close(lanes: list[Lane], worker: UpdateWorker, gradient_hooks: list[RemovableHandle]) -> None:
+def _close(
+    lanes: list[Lane], worker: UpdateWorker, disk: DiskState | None, gradient_hooks: list[RemovableHandle]
+) -> None:
     for hook in gradient_hooks:
         hook.remove()
     for lane in lanes:
         lane.close()
     worker.close()
+    if disk is not None:
+        disk.close()
 
 
 def _to_host(values: list[torch.Tensor | float]) -> list[float]:

@@ -28,7 +28,7 @@ from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
 from ..memory.transfer import Handle, Lane, compute_event
 from ..metrics import Metrics
-from ..optim.state import ParamState
+from ..optim.state import ParamState, UnitUpdate
 from ..optim.worker import UpdateWorker
 from .executor import Unit
 
@@ -88,7 +88,7 @@ class Gradients:
         overlapped: start the update as soon as gradients land.
         staging: staging buffers, sized for the largest unit.
         overlapped_update: called under `overlapped` with a unit and the parameters that have gradients; returns
-            what updates them from a gradient buffer, to be run by the worker.
+            their update, to be run by the worker.
         take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
             more is added to it.
         place: a unit's place in the forward order.
@@ -107,7 +107,7 @@ class Gradients:
         fp32_sums: bool,
         overlapped: bool,
         staging: StagingBuffers,
-        overlapped_update: Callable[[Unit, list[ParamState]], Callable[[HostBuffer], None]],
+        overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
         take_scale: Callable[[ParamState], float],
         place: Callable[[Unit], int],
         on_finish: Callable[[], None],
@@ -220,7 +220,9 @@ class Gradients:
                         accumulate_(target, source)
                     self._squares[state.order] = (sum_of_squares(target), None)
 
-        done = self._worker.submit(f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=handle)
+        done = self._worker.submit(
+            f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=(handle,)
+        )
         for state in states:
             state.param.grad = None  # part of the sum now; comes back with it
         self._landing[unit.index] = (unit, states, [handle, done])
@@ -231,15 +233,25 @@ class Gradients:
             self._squares[state.order] = (sum_of_squares(grad), None)
         staged: list[HostBuffer] = []
         handle = self._copy_staged(unit, staged, states, tensors)
-        apply = self._overlapped_update(unit, states)
+        unit_update = self._overlapped_update(unit, states)
 
         def update() -> None:
             with self._staging.returned(staged) as buffer:
-                apply(buffer)
+                unit_update.run(buffer)
+
+        def drop() -> None:
+            unit_update.drop()
+            if staged:  # or a backward that waits for the buffer would wait for ever
+                with self._staging.returned(staged):
+                    pass
 
         self._pool.invalidate_unit(unit.index)
         unit.pending_update = self._worker.submit(
-            f"update of {unit.name}", update, priority=self._place(unit), after=handle
+            f"update of {unit.name}",
+            update,
+            priority=self._place(unit),
+            after=(handle, *unit_update.after),
+            dropped=drop,
         )
         return handle
 

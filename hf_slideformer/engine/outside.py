@@ -73,7 +73,7 @@ class OutsideUpdates:
 
         issued = compute_event(self._device)
         landed = self._to_host.submit("gradients outside of units", copy_gradients, after_events=(issued,))
-        updated = self._worker.submit("update outside of units", update, priority=_PRIORITY, after=landed)
+        updated = self._worker.submit("update outside of units", update, priority=_PRIORITY, after=(landed,))
         self._pending = self._to_device.submit(
             "weights outside of units", copy_weights, after=(updated,), after_events=(issued,)
         )

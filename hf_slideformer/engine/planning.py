@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import SlideConfig, parse_bytes
 from ..hardware import Hardware, available_gpu_bytes, available_ram_bytes
+from ..memory.disk import free_bytes
 from ..planner.plan import Plan, check_budgets, describe
 from ..planner.profile import ModelProfile
 from ..planner.solve import solve
@@ -85,9 +86,10 @@ def plan_for(
 
     Raises:
         PlanError: it does not fit, with numbers and remedies.
+        DiskError: a directory for state on disk is missing.
     """
     budgets = budgets or find_budgets(config, device, model)
-    hardware = hardware or hardware_of_this_machine(device)
+    hardware = hardware or hardware_of_this_machine(device, next(iter(config.nvme_dirs), None))
     placement, notes = config.placement, blueprint.notes(training=training)
     limited = plans_activations(device, config)
     if placement == "auto" and not limited:
@@ -162,7 +164,15 @@ def find_budgets(config: SlideConfig, device: torch.device, model: nn.Module | N
         gpu=min(parse_bytes(config.gpu_memory or gpu), gpu),
         ram=min(parse_bytes(config.cpu_memory or ram), ram),
         pinned=parse_bytes(config.pinned_memory) if config.pinned_memory is not None else None,
+        disk=_disk_budget(config),
     )
+
+
+def _disk_budget(config: SlideConfig) -> int | None:
+    if not config.nvme_dirs:
+        return None
+    free = free_bytes(config.nvme_dirs)
+    return min(parse_bytes(config.nvme_memory or free), free)
 
 
 def _anonymous_bytes() -> int:

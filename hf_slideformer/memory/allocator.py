@@ -1,7 +1,8 @@
-"""torch's CUDA allocator, told how it will be used."""
+"""torch's CUDA allocator, told how it will be used, and the C library's, told to let go."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 
@@ -41,3 +42,14 @@ def use_expandable_segments(device: torch.device) -> bool:
                 return False
             return True
     return False
+
+
+def return_freed_memory() -> None:
+    """Give freed blocks of the C library's heap back to the system.
+
+    glibc keeps what is freed between blocks that are in use: while a model moves to its place, the old weights would
+    stay beside the new ones. Other C libraries have no such call, and nothing happens.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

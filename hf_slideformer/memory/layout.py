@@ -15,6 +15,8 @@ from slideformer_kernels import MOMENT_BLOCK_NUMEL
 
 ALIGN_ELEMENTS = 128
 ALIGN_BYTES = 256
+# Of offset, length and address in direct I/O: a page, and a multiple of any drive's sector.
+DISK_ALIGN_BYTES = 4096
 
 
 def _aligned(value: int, to: int) -> int:
@@ -171,3 +173,33 @@ def lay_out(specs: Sequence[ParamSpec]) -> UnitLayout:
         if spec.split:
             lo_numel += padded
     return UnitLayout(tuple(segments), weight_bytes, grad_bytes, state_numel, lo_numel)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLayout:
+    """The parts of one unit's moments and master residuals in its file on disk and in a host buffer like it.
+
+    Every part starts at a multiple of 4096 bytes.
+
+    Attributes:
+        moment_offsets: bytes, in the order of the moments' parts.
+        lo_offset: bytes; -1 where the unit has no residuals.
+        nbytes: size of the file, a multiple of 4096; 0 where the unit has neither.
+    """
+
+    moment_offsets: tuple[int, ...]
+    lo_offset: int
+    nbytes: int
+
+
+def lay_out_on_disk(layout: UnitLayout, moments: MomentFormat) -> DiskLayout:
+    """The layout of a unit's moments and master residuals on disk: the moments' parts in order, then residuals."""
+    offsets = []
+    nbytes = 0
+    for part in moments.parts:
+        offsets.append(nbytes)
+        nbytes += _aligned(part.entries(layout.state_numel) * part.dtype.itemsize, DISK_ALIGN_BYTES)
+    if not layout.lo_numel:
+        return DiskLayout(tuple(offsets), -1, nbytes)
+    residual_bytes = layout.lo_numel * torch.int16.itemsize
+    return DiskLayout(tuple(offsets), nbytes, nbytes + _aligned(residual_bytes, DISK_ALIGN_BYTES))

@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import torch
 
-from .layout import MomentFormat, MomentPart, Segment, UnitLayout
-from .pinned import HostBuffer
+from .layout import DiskLayout, MomentFormat, MomentPart, Segment, UnitLayout
+from .pinned import BufferView, HostBuffer
 
 
 class UnitMemory:
     """All host state of one unit.
 
     Weights are there from the start; optimizer state and gradient buffers are added when training needs them.
-    What the GPU never touches (residuals, moments) is not pinned.
+    What the GPU never touches (residuals, moments) is not pinned. It may live on disk instead; then there is none but
+    while a buffer that was read from there is attached.
 
     Args:
         layout: places of the unit's parameters.
         pin: pin weights and gradients.
+        on_disk: residuals and moments live on disk.
     """
 
-    def __init__(self, layout: UnitLayout, *, pin: bool) -> None:
+    def __init__(self, layout: UnitLayout, *, pin: bool, on_disk: bool = False) -> None:
         self.layout = layout
         self._pin = pin
         self.weights = HostBuffer(layout.weight_bytes, pin=pin)
-        self.lo = HostBuffer(layout.lo_numel * 2) if layout.lo_numel else None
-        self._moments: dict[MomentPart, HostBuffer] = {}
+        self.on_disk = on_disk
+        self.lo: HostBuffer | BufferView | None = None
+        if layout.lo_numel and not on_disk:
+            self.lo = HostBuffer(layout.lo_numel * 2)
+        self._moments: dict[MomentPart, HostBuffer] | dict[MomentPart, BufferView] = {}
         self.grads: HostBuffer | None = None
         self.grads_fp32 = False
 
     def allocate_moments(self, moments: MomentFormat) -> None:
-        """Map zeroed moments for the trainable parameters (once)."""
-        if not self._moments and self.layout.state_numel:
+        """Map zeroed moments for the trainable parameters (once), unless they live on disk."""
+        if not self._moments and self.layout.state_numel and not self.on_disk:
             self._moments = {
                 part: HostBuffer(part.entries(self.layout.state_numel) * part.dtype.itemsize)
                 for part in moments.parts
             }
+
+    def attach(self, buffer: HostBuffer, places: DiskLayout, moments: MomentFormat) -> None:
+        """Use residuals and moments in a buffer that was read from disk, until `detach`."""
+        if places.lo_offset >= 0:
+            self.lo = BufferView(buffer, places.lo_offset)
+        if self.layout.state_numel:
+            self._moments = {
+                part: BufferView(buffer, offset)
+                for part, offset in zip(moments.parts, places.moment_offsets, strict=True)
+            }
+
+    def detach(self) -> None:
+        """Forget the attached buffer."""
+        self.lo, self._moments = None, {}
 
     def allocate_gradients(self, *, fp32: bool, from_device: bool = True, least_bytes: int = 0) -> None:
         """Map the gradient buffer (once per kind): in the weights' dtypes, or in fp32.
@@ -56,10 +75,9 @@ class UnitMemory:
         return self.weights.tensor(spec.dtype, segment.weight_offset, spec.numel).view(spec.shape)
 
     def residual(self, segment: Segment) -> torch.Tensor | None:
-        """The int16 half of the master, or None for parameters that are not split."""
-        if segment.lo_offset < 0:
+        """The int16 half of the master; None for parameters that are not split, and while it is on disk."""
+        if segment.lo_offset < 0 or self.lo is None:
             return None
-        assert self.lo is not None
         return self.lo.tensor(torch.int16, segment.lo_offset * 2, segment.spec.numel).view(segment.spec.shape)
 
     def moments(self, segment: Segment) -> dict[str, torch.Tensor]:
@@ -77,9 +95,9 @@ class UnitMemory:
         }
 
     def buffers(self) -> list[HostBuffer]:
-        """The buffers mapped now."""
+        """The unit's own buffers mapped now."""
         every = (self.weights, self.lo, self.grads, *self._moments.values())
-        return [buffer for buffer in every if buffer is not None]
+        return [buffer for buffer in every if isinstance(buffer, HostBuffer)]
 
     def gradient(self, segment: Segment) -> torch.Tensor:
         """The parameter's place in the unit's own gradient buffer."""

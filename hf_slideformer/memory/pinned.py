@@ -73,6 +73,20 @@ class HostBuffer:
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes)
 
 
+class BufferView:
+    """A part of a host buffer that is used like one: offsets count from `base_bytes`."""
+
+    __slots__ = ("_base_bytes", "_buffer")
+
+    def __init__(self, buffer: HostBuffer, base_bytes: int) -> None:
+        self._buffer = buffer
+        self._base_bytes = base_bytes
+
+    def tensor(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
+        """See `HostBuffer.tensor`."""
+        return self._buffer.tensor(dtype, self._base_bytes + offset_bytes, numel)
+
+
 def _unregister(mapping: mmap.mmap, address: int) -> None:
     del mapping
     torch.cuda.cudart().cudaHostUnregister(address)

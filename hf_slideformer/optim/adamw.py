@@ -6,7 +6,8 @@ fp32 master weights. Moments are fp32, or 8-bit codes with one scale for each bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,12 @@ class OptimizerBackend(Protocol):
 
     def param_state(self, param: torch.nn.Parameter) -> ParamState:
         """The state of a parameter in one of the optimizer's groups."""
+        ...
+
+    def state_in_memory(
+        self, states: Sequence[ParamState], *, write: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Make `residual` and `moments` of one unit's parameters tensors, wherever they live."""
         ...
 
     def state_loaded(self) -> None:
@@ -158,7 +165,8 @@ class SlideAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State as `torch.optim` gives it: per parameter `step`, `exp_avg`, `exp_avg_sq`, and
-        `master_residual` (int16) for split masters. Tensors are the live state, not copies.
+        `master_residual` (int16) for split masters. Tensors are the live state, not copies, unless it lives on disk;
+        then all of that is read into RAM.
 
         With 8-bit moments `exp_avg` is int8 and `exp_avg_sq` uint8, as they are stored, and `exp_avg_scale` and
         `exp_avg_sq_scale` are beside them.
@@ -168,15 +176,23 @@ class SlideAdamW(torch.optim.Optimizer):
         self._backend.synchronize()
         packed = super().state_dict()  # groups with indices; self.state is empty
         state: dict[int, dict[str, Any]] = {}
+        entries: dict[int, ParamState] = {}
         for index, param in enumerate(self._params()):
             entry = self._backend.param_state(param)
-            if not entry.moments:
-                continue
-            entry.check_outside_write()
-            state[index] = {"step": torch.tensor(float(entry.step)), **entry.moments}
-            if entry.residual is not None:
-                state[index]["master_residual"] = entry.residual
-        packed["state"] = state
+            if entry.moment_format is not None:
+                entries[index] = entry
+        for members in _by_unit(entries):
+            copied = not members[0][1].moments  # on disk: what is read is there only for a moment
+            with self._backend.state_in_memory([entry for _, entry in members]):
+                for index, entry in members:
+                    entry.check_outside_write()
+                    tensors = dict(entry.moments)
+                    if entry.residual is not None:
+                        tensors["master_residual"] = entry.residual
+                    if copied:
+                        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+                    state[index] = {"step": torch.tensor(float(entry.step)), **tensors}
+        packed["state"] = {index: state[index] for index in entries}
         return packed
 
     @torch.no_grad()
@@ -206,15 +222,27 @@ class SlideAdamW(torch.optim.Optimizer):
         ]
         for entry, values in entries:
             entry.check_saved_moments(values)
-        for entry, values in entries:
-            entry.load_moments(values)
-            entry.check_outside_write()
-            if entry.residual is not None and "master_residual" in values:
-                entry.residual.copy_(values["master_residual"])
-            entry.step = int(values["step"])
+        saved_of = {index: values for index, (_, values) in enumerate(entries)}
+        for members in _by_unit({index: entry for index, (entry, _) in enumerate(entries)}):
+            with backend.state_in_memory([entry for _, entry in members], write=True):
+                for index, entry in members:
+                    values = saved_of[index]
+                    entry.load_moments(values)
+                    entry.check_outside_write()
+                    if entry.residual is not None and "master_residual" in values:
+                        entry.residual.copy_(values["master_residual"])
+                    entry.step = int(values["step"])
         for group, saved_group in zip(groups, saved, strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         backend.state_loaded()
 
     def _params(self) -> list[torch.nn.Parameter]:
         return [param for group in self.param_groups for param in group["params"]]
+
+
+def _by_unit(entries: Mapping[int, ParamState]) -> list[list[tuple[int, ParamState]]]:
+    """Entries with their indices, one list for each unit and one for all that is outside."""
+    groups: dict[int | None, list[tuple[int, ParamState]]] = {}
+    for index, entry in entries.items():
+        groups.setdefault(entry.unit, []).append((index, entry))
+    return list(groups.values())

@@ -31,6 +31,7 @@ from ..memory.layout import (
 )
 from ..memory.manager import UnitMemory
 from ..memory.pinned import HostBuffer
+from ..memory.transfer import Handle
 
 # By moment format, and whether the master is split.
 _KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
@@ -51,7 +52,11 @@ class ParamState:
     where the parameter is updated. `live` is the tensor behind `param.data`: `weight` itself, or its copy on the GPU
     where the parameter is used there and updated in RAM. `order` is the registration order in the model; `unit` is
     None for a parameter that does not stream, whose `segment` has offsets only if it is updated in RAM. `version` is
-    `param._version` when the residual was last known to belong to the weights.
+    `param._version` when the residual was last known to belong to the weights. `moment_format` is None until there is
+    an optimizer, and for frozen parameters.
+
+    State that lives on disk is `residual` and `moments` only between `attach` and `detach`. `residual_is_stale` says
+    that the one on disk belongs to other weights, and counts as zero.
     """
 
     order: int
@@ -64,6 +69,8 @@ class ParamState:
     step: int = 0
     version: int = 0
     live: torch.Tensor = None  # type: ignore[assignment] # set below
+    moment_format: MomentFormat | None = None
+    residual_is_stale: bool = False
 
     def __post_init__(self) -> None:
         if self.live is None:
@@ -93,24 +100,41 @@ class ParamState:
             self.follow_live()
             self.version = self.param._version
 
+    def attach(self, memory: UnitMemory) -> None:
+        """Use the residual and moments that `memory` has just got from disk."""
+        self.residual = memory.residual(self.segment)
+        if self.moment_format is not None:
+            self.moments = memory.moments(self.segment)
+        if self.residual is not None and self.residual_is_stale:
+            self.residual.zero_()
+
+    def detach(self) -> None:
+        """Let go of residual and moments that live on disk."""
+        self.residual, self.moments = None, {}
+
     def follow_live(self) -> None:
         """Make the master what the live weights are: written from outside, they know nothing of a residual."""
         if self.updated_in_ram:
             self.weight.copy_(self.live)
+        self._clear_residual()
+
+    def _clear_residual(self) -> None:
         if self.residual is not None:
             self.residual.zero_()
+        elif self.spec.split:  # on disk
+            self.residual_is_stale = True
 
     def write_master(self, values: torch.Tensor) -> None:
         """Set the weights from fp32 or bf16 `values` of the parameter's shape, exactly where they are fp32."""
         with torch.no_grad():
-            if self.residual is not None and values.dtype == torch.float32:
+            if self.spec.split and values.dtype == torch.float32:
+                assert self.residual is not None, "on disk: attach it first"
                 hi, lo = split_master(values.detach().to(self.weight.device).contiguous())
                 self.weight.copy_(hi)
                 self.residual.copy_(lo)
             else:
                 self.weight.copy_(values)
-                if self.residual is not None:
-                    self.residual.zero_()
+                self._clear_residual()
             if self.updated_in_ram:
                 self.live.copy_(self.weight)
         self.version = self.param._version
@@ -118,13 +142,14 @@ class ParamState:
     def read_master(self) -> torch.Tensor:
         """The weights in the dtype they came in: the tensor itself, or a new one joined from both halves."""
         self.check_outside_write()
-        if self.residual is None or self.spec.source_dtype != torch.float32:
+        if not self.spec.split or self.spec.source_dtype != torch.float32:
             return self.live
+        assert self.residual is not None, "on disk: attach it first"
         return join_master(self.weight, self.residual).view(self.spec.shape)
 
     def check_saved_moments(self, saved: Mapping[str, Any]) -> None:
         """Raise `CheckpointError` unless `saved`, of either format, holds this parameter's moments."""
-        if not self.moments:
+        if self.moment_format is None:
             raise CheckpointError(
                 f"{self.name}: the saved state has moments, but this model's parameter is frozen and has none"
             )
@@ -145,15 +170,16 @@ class ParamState:
         if not isinstance(saved.get("step"), (int, float, torch.Tensor)):
             raise CheckpointError(f"{self.name}: the saved state has no step count")
         residual = saved.get("master_residual")
-        if self.residual is not None and residual is not None and residual.shape != self.residual.shape:
+        if self.spec.split and residual is not None and tuple(residual.shape) != self.spec.shape:
             raise CheckpointError(
                 f"{self.name}: saved master_residual has shape {tuple(residual.shape)}, this model's parameter wants "
-                f"{tuple(self.residual.shape)}"
+                f"{self.spec.shape}"
             )
 
     def load_moments(self, saved: Mapping[str, Any]) -> None:
         """Copy checked moments into place: bit for bit, or converted from the other format."""
-        have, want = moment_format_of(saved), moment_format_of(self.moments)
+        have, want = moment_format_of(saved), self.moment_format
+        assert want is not None and self.moments, "frozen, or on disk: attach it first"
         values = {part.name: saved[part.name] for part in have.parts}
         if have is not want:  # where the saved tensors lie: on a GPU there may be no room for a second format
             values = convert_moments(
@@ -255,11 +281,27 @@ def plan_runs(
         if runs and runs[-1][1] == key:
             last = runs[-1][0][-1].segment
             padding = state.segment.state_offset - last.state_offset - last.spec.numel
-            if padding < (ALIGN_ELEMENTS if moment_format_of(state.moments).elementwise else 1):
+            assert state.moment_format is not None
+            if padding < (ALIGN_ELEMENTS if state.moment_format.elementwise else 1):
                 runs[-1][0].append(state)
                 continue
         runs.append(([state], key))
     return [UpdateRun(members, key[2].scalars(key[3]), key[4]) for members, key in runs]
+
+
+@dataclass(frozen=True, slots=True)
+class UnitUpdate:
+    """One update of a unit, for the worker.
+
+    Attributes:
+        run: does it, from a gradient buffer.
+        after: what has to be done first: its state comes from disk.
+        drop: to be called where it will not run.
+    """
+
+    run: Callable[[HostBuffer], None]
+    after: tuple[Handle, ...] = ()
+    drop: Callable[[], None] = lambda: None
 
 
 def update_unit(
@@ -296,6 +338,7 @@ def update_unit(
 __all__ = [
     "Hyperparams",
     "ParamState",
+    "UnitUpdate",
     "UpdateRun",
     "apply_update",
     "convert_moments",

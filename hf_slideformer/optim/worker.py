@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import StateError
@@ -22,8 +22,9 @@ from ..metrics import Metrics
 class _Job:
     priority: int
     number: int
-    after: Handle
+    after: tuple[Handle, ...]
     work: Callable[[], None]
+    dropped: Callable[[], None] | None
     handle: Handle
 
 
@@ -46,15 +47,24 @@ class UpdateWorker:
         self._thread.start()
 
     def submit(
-        self, label: str, work: Callable[[], None], *, priority: int, after: Handle | None = None
+        self,
+        label: str,
+        work: Callable[[], None],
+        *,
+        priority: int,
+        after: Sequence[Handle] = (),
+        dropped: Callable[[], None] | None = None,
     ) -> Handle:
-        """Run `work` after `after` is done; jobs that could run go by lowest `priority`, then by age."""
+        """Run `work` when all of `after` is done; jobs that could run go by lowest `priority`, then by age.
+
+        `dropped` is called instead of `work` where something of `after` failed.
+        """
         handle = Handle(label)
         with self._wake:
             if self._closed:
                 handle.fail(StateError("the engine was closed; prepare the model again"))
                 return handle
-            self._jobs.append(_Job(priority, next(self._numbers), after or Handle.done(), work, handle))
+            self._jobs.append(_Job(priority, next(self._numbers), tuple(after), work, dropped, handle))
             self._wake.notify()
         return handle
 
@@ -69,7 +79,7 @@ class UpdateWorker:
     def _serve(self) -> None:
         while (job := self._take()) is not None:
             try:
-                job.after.wait_host()
+                self._wait(job)
                 if self._delay_s is not None:
                     time.sleep(self._delay_s(job.handle.label))
                 with self._metrics.timed("update_s", job.handle.label, lane="update"):
@@ -79,13 +89,23 @@ class UpdateWorker:
                 job.handle.fail(error)
             del job
 
+    @staticmethod
+    def _wait(job: _Job) -> None:
+        try:
+            for handle in job.after:
+                handle.wait_host()
+        except BaseException:
+            if job.dropped is not None:
+                job.dropped()
+            raise
+
     def _take(self) -> _Job | None:
         with self._wake:
             while not self._jobs and not self._closed:
                 self._wake.wait()
             if not self._jobs:
                 return None
-            ready = [job for job in self._jobs if job.after.is_complete]
+            ready = [job for job in self._jobs if all(handle.is_complete for handle in job.after)]
             # Nothing has landed yet: the oldest lands first, since transfers are first in, first out.
             job = min(ready, key=lambda j: (j.priority, j.number)) if ready else self._jobs[0]
             self._jobs.remove(job)

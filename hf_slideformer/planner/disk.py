@@ -1,4 +1,6 @@
-"""What a disk would have to hold for a model that exceeds GPU and RAM. State on disk is not available yet.
+"""What a disk would have to hold where optimizer state there is not enough, because weights and gradients exceed RAM.
+
+Weights and gradients on disk are not available yet; `solve` plans with optimizer state there.
 
 Whole units go to disk, the last ones of those that stream. Each byte of a unit's state is read at least once in a
 step and written at least once: weights, master residual and moments by the update, gradients by backward.
@@ -6,11 +8,11 @@ step and written at least once: weights, master residual and moments by the upda
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..memory.layout import UnitLayout
 from .memory import MemoryModel, missing_bytes
-from .solve import frugal_decisions
+from .solve import FEWEST_DISK_BUFFERS, frugal_decisions
 from .workload import Budgets, Decisions, Workload
 
 # Units' state in RAM while it moves: one arrives, one is in use, one leaves (an assumption).
@@ -67,6 +69,28 @@ def share_with_disk(
         key=lambda share: (share.disk_bytes, share.ram_bytes),
         default=None,
     )
+
+
+def optimizer_state_is_enough(
+    workload: Workload, budgets: Budgets, *, placement: str = "auto", activations: str = "auto"
+) -> bool:
+    """Whether GPU and RAM suffice with the optimizer state of all streamed units on a disk that is large enough.
+
+    Args:
+        workload: what is planned for.
+        budgets: bytes of GPU and RAM that may be used.
+        placement: as for `share_with_disk`.
+        activations: as for `share_with_disk`.
+    """
+    memory = MemoryModel(workload)
+    for decisions in frugal_decisions(workload, placement=placement, activations=activations):
+        streamed = tuple(range(len(decisions.resident), len(workload.layouts)))
+        decisions = replace(decisions, on_disk=streamed, disk_buffers=min(FEWEST_DISK_BUFFERS, len(streamed)))
+        train = memory.gpu_peak(decisions), memory.ram_train(decisions)
+        load = memory.gpu_load(decisions), memory.ram_load(decisions)
+        if not any(any(missing_bytes(workload, budgets, *peaks).values()) for peaks in (train, load)):
+            return True
+    return False
 
 
 def _share(

@@ -1,4 +1,4 @@
-"""Bytes over time: what lies on the GPU and in RAM while a model is loaded, trained, saved and resumed.
+"""Bytes over time: what lies on the GPU, in RAM and on disk while a model is loaded, trained, saved and resumed.
 
 The peak of the GPU comes from a walk over one training step. Between two moments of the walk memory is only given
 back, so the largest moment is the peak. The order of events, and what is alive when, is that of the engine:
@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory.layout import MomentFormat, ParamSpec, UnitLayout, lay_out
+from ..memory.layout import MomentFormat, ParamSpec, UnitLayout, lay_out, lay_out_on_disk
 from .workload import Budgets, Decisions, Workload
 
 # Blocks of torch's CUDA allocator, and pages of host buffers.
@@ -45,7 +45,7 @@ _MOST_RESERVE_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One line of the plan: a kind of state, its tier ("GPU" or "RAM"), its size, and whether it is pinned."""
+    """One line of the plan: a kind of state, its tier ("GPU", "RAM" or "disk"), its size, and whether it is pinned."""
 
     tier: str
     what: str
@@ -91,6 +91,10 @@ class MemoryModel:
 
     Args:
         workload: what is planned for.
+
+    Attributes:
+        ram_state: bytes of each unit's residuals and moments in RAM, if they are there.
+        disk_state: the same on disk.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -120,6 +124,10 @@ class MemoryModel:
             _pages(4 * layout.state_numel if workload.fp32_sums else layout.grad_bytes) for layout in layouts
         ]
         self._grad_bytes = [layout.grad_bytes for layout in layouts]
+        self.ram_state = [
+            residuals + state for residuals, state in zip(self._ram_residuals, self._ram_moments, strict=True)
+        ]
+        self.disk_state = [lay_out_on_disk(layout, moments).nbytes for layout in layouts]
         trainable = [spec for spec in workload.outside if spec.trainable]
         late = [spec for spec in trainable if spec.name in workload.last_gradients]
         early = [spec for spec in trainable if spec.name not in workload.last_gradients]
@@ -130,6 +138,10 @@ class MemoryModel:
         self._outside_layout = lay_out(trainable)
         self._source = [_source_bytes(specs) for specs in self._specs]
         self._source_outside = _source_bytes(workload.outside)
+        # What a checkpoint reads or writes at once: one unit, or all parameters outside of units.
+        groups = (workload.outside, *self._specs)
+        self._largest_state = max(_optimizer_bytes(specs, moments) for specs in groups)
+        self._largest_saved = max(_optimizer_bytes(specs, moments) + _joined_bytes(specs) for specs in groups)
         profiles = workload.profile.units if workload.profile is not None else ()
         absent = [0] * (len(layouts) - len(profiles))
         self._boundary = [unit.boundary_bytes for unit in profiles] or absent
@@ -311,13 +323,17 @@ class MemoryModel:
         """What lies in RAM during training."""
         workload = self.workload
         on_gpu, streamed = workload.on_gpu, self._streamed(decisions)
+        on_disk = set(decisions.on_disk)
+        in_ram = [unit for unit in streamed if unit not in on_disk] if on_disk else streamed
         items = [
             Item("RAM", "weights", sum(self._ram_weights[unit] for unit in streamed), on_gpu),
-            Item("RAM", "master residuals", sum(self._ram_residuals[unit] for unit in streamed)),
+            Item("RAM", "master residuals", sum(self._ram_residuals[unit] for unit in in_ram)),
         ]
+        if workload.training:
+            items.append(Item("RAM", "moments", sum(self._ram_moments[unit] for unit in in_ram)))
+        items.append(Item("RAM", "disk buffers", self._disk_buffers(decisions)))
         if not workload.training:
             return items
-        items.append(Item("RAM", "moments", sum(self._ram_moments[unit] for unit in streamed)))
         if not workload.overlapped:
             nbytes = sum(self._ram_gradients[unit] for unit in streamed)
             items.append(Item("RAM", "gradients", nbytes, on_gpu and not workload.fp32_sums))
@@ -349,34 +365,43 @@ class MemoryModel:
         """Bytes of RAM during training."""
         return sum(item.nbytes for item in self.ram_items(decisions))
 
+    def _disk_buffers(self, decisions: Decisions) -> int:
+        return decisions.disk_buffers * max((self.disk_state[unit] for unit in decisions.on_disk), default=0)
+
+    # -- disk ------------------------------------------------------------------------------------------------
+
+    def disk_bytes(self, decisions: Decisions) -> int:
+        """Bytes on disk, from loading on."""
+        return sum(self.disk_state[unit] for unit in decisions.on_disk)
+
+    def disk_items(self, decisions: Decisions) -> list[Item]:
+        """What lies on disk."""
+        return [Item("disk", "residuals and moments", self.disk_bytes(decisions))]
+
     # -- phases ----------------------------------------------------------------------------------------------
 
     def peaks(self, decisions: Decisions) -> dict[str, dict[str, int]]:
         """Peak bytes by phase and tier.
 
-        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (fp32 weights that train as
-        split masters are joined in RAM), "resume" (the optimizer's file is read whole before it is copied).
+        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (unit by unit what is not in
+        RAM, or not as it is saved, is brought there), "resume" (unit by unit the optimizer's state is read and copied).
         """
-        train = {"GPU": self.gpu_peak(decisions), "RAM": self.ram_train(decisions)}
-        peaks = {"load": {"GPU": self.gpu_load(decisions), "RAM": self.ram_load(decisions)}, "train": train}
+        disk = self.disk_bytes(decisions)
+        gpu, ram = self.gpu_peak(decisions), self.ram_train(decisions)
+        peaks = {
+            "load": {"GPU": self.gpu_load(decisions), "RAM": self.ram_load(decisions), "disk": disk},
+            "train": {"GPU": gpu, "RAM": ram, "disk": disk},
+        }
         if not self.workload.training:
             return peaks
-        specs = [*self.workload.outside, *(spec for unit in self._specs for spec in unit)]
-        joined = sum(4 * spec.numel for spec in specs if spec.split and spec.source_dtype == torch.float32)
-        moments = self.workload.moments
-        state = sum(
-            moments.nbytes(spec.numel) + (2 * spec.numel if spec.split else 0)
-            for spec in specs
-            if spec.trainable
-        )
         on_gpu = sum(self.gpu_state(decisions).values())
-        peaks["save"] = {"GPU": on_gpu, "RAM": train["RAM"] + joined}
-        inputs = sum(
+        passing = sum(
             item.nbytes
             for item in self.ram_items(decisions)
             if item.what in ("inputs of units", "gradient staging")
         )
-        peaks["resume"] = {"GPU": on_gpu, "RAM": train["RAM"] - inputs + state}
+        peaks["save"] = {"GPU": on_gpu, "RAM": ram + self._largest_saved, "disk": disk}
+        peaks["resume"] = {"GPU": on_gpu, "RAM": ram - passing + self._largest_state, "disk": disk}
         return peaks
 
     def gpu_load(self, decisions: Decisions) -> int:
@@ -387,13 +412,14 @@ class MemoryModel:
     def ram_load(self, decisions: Decisions) -> int:
         """Peak of RAM while a model in RAM is moved to where its parts belong.
 
-        Units are moved in order, tensor by tensor; a streamed one's new buffers are mapped before it is.
+        Units are moved in order, tensor by tensor; a streamed one's new buffers are mapped before it is. Residuals on
+        disk go there through one of the buffers that are there for it.
         """
-        now = peak = self._source_outside + sum(self._source)
-        resident = set(decisions.resident)
+        now = peak = self._source_outside + sum(self._source) + self._disk_buffers(decisions)
+        resident, on_disk = set(decisions.resident), set(decisions.on_disk)
         for unit, nbytes in enumerate(self._source):
             if unit not in resident:
-                now += self._ram_weights[unit] + self._ram_residuals[unit]
+                now += self._ram_weights[unit] + (0 if unit in on_disk else self._ram_residuals[unit])
             peak = max(peak, now)
             now -= nbytes
         if decisions.outside_state == "RAM":
@@ -401,12 +427,28 @@ class MemoryModel:
         return max(peak, now)
 
 
-def missing_bytes(workload: Workload, budgets: Budgets, gpu: int, ram: int) -> dict[str, int]:
+def missing_bytes(workload: Workload, budgets: Budgets, gpu: int, ram: int, disk: int = 0) -> dict[str, int]:
     """Bytes by which needs exceed what may be used, by tier; where RAM stands in for the GPU both come out of it."""
     if not workload.on_gpu:
         ram += gpu
     usable = budgets.gpu - gpu_reserve_bytes(workload, budgets.gpu)
-    return {"GPU": max(0, gpu - usable), "RAM": max(0, ram - budgets.ram)}
+    return {
+        "GPU": max(0, gpu - usable),
+        "RAM": max(0, ram - budgets.ram),
+        "disk": max(0, disk - (budgets.disk or 0)),
+    }
+
+
+def _optimizer_bytes(specs: Sequence[ParamSpec], moments: MomentFormat) -> int:
+    """Bytes of what a checkpoint holds of the optimizer's state: moments and master residuals."""
+    return sum(
+        moments.nbytes(spec.numel) + (2 * spec.numel if spec.split else 0) for spec in specs if spec.trainable
+    )
+
+
+def _joined_bytes(specs: Sequence[ParamSpec]) -> int:
+    """Bytes of fp32 weights that train as split masters and are joined to be saved."""
+    return sum(4 * spec.numel for spec in specs if spec.split and spec.source_dtype == torch.float32)
 
 
 def _source_bytes(specs: Sequence[ParamSpec]) -> int:

@@ -42,9 +42,9 @@ class Plan:
         device: "GPU", or "CPU" where RAM stands in for the GPU.
         decisions: what the engine is told.
         batch_size, seq_len: of the micro-batch that was planned for; None if nothing was known of it.
-        peaks: peak bytes by phase ("load", "train", "save", "resume") and tier.
+        peaks: peak bytes by phase ("load", "train", "save", "resume") and tier ("GPU", "RAM", "disk").
         peak_at: where in a step the GPU's peak is.
-        budgets: bytes that may be used by tier, where they were given.
+        budgets: bytes that may be used by tier, where they were given; "disk" only where there is one.
         reserve_bytes: how much of the GPU's budget is kept free for fragmentation.
         prediction: time of a step, where the machine was given.
     """
@@ -68,7 +68,7 @@ class Plan:
     prediction: Prediction | None = None
 
     def tier_bytes(self, tier: str) -> int:
-        """Bytes in one tier ("GPU" or "RAM")."""
+        """Bytes in one tier ("GPU", "RAM" or "disk")."""
         return sum(item.nbytes for item in self.items if item.tier == tier)
 
     @property
@@ -88,7 +88,7 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [self._headline()]
-        for tier in ("GPU", "RAM"):
+        for tier in ("GPU", "RAM", "disk") if self.decisions.on_disk else ("GPU", "RAM"):
             label = (
                 f"{tier} (this machine's RAM stands in)" if tier == "GPU" and self.device == "CPU" else tier
             )
@@ -122,8 +122,12 @@ class Plan:
         moments = "; 8-bit moments" if self.moments == EIGHT_BIT_MOMENTS.name else ""
         return (
             f"{streamed}; {staying}{self.resident_params / 1e6:,.1f} M parameters are resident; "
-            f"{self._activations()}updates: {self.update}{moments}"
+            f"{self._on_disk()}{self._activations()}updates: {self.update}{moments}"
         )
+
+    def _on_disk(self) -> str:
+        count = len(self.decisions.on_disk)
+        return f"optimizer state of {_units(count)} on disk; " if count else ""
 
     def _activations(self) -> str:
         if self.batch_size is None:
@@ -163,7 +167,7 @@ def describe(
     every = sum(layout.numel for layout in workload.layouts) + sum(spec.numel for spec in workload.outside)
     profile = workload.profile if workload.training else None
     plan = Plan(
-        items=(*gpu_items, *memory.ram_items(decisions)),
+        items=(*gpu_items, *memory.ram_items(decisions), *memory.disk_items(decisions)),
         update=workload.update,
         moments=workload.moments.name if workload.training else "none",
         units=len(streamed),
@@ -181,7 +185,8 @@ def describe(
     )
     if budgets is not None:
         reserve = gpu_reserve_bytes(workload, budgets.gpu)
-        plan = replace(plan, budgets={"GPU": budgets.gpu, "RAM": budgets.ram}, reserve_bytes=reserve)
+        disk = {} if budgets.disk is None else {"disk": budgets.disk}
+        plan = replace(plan, budgets={"GPU": budgets.gpu, "RAM": budgets.ram} | disk, reserve_bytes=reserve)
         plan = replace(plan, notes=(*plan.notes, *_phase_notes(plan)))
     return plan
 
@@ -190,8 +195,14 @@ def _phase_notes(plan: Plan) -> list[str]:
     """What will not fit outside of training, where the run does not come to a stop at its start."""
     notes = []
     for phase, reason in (
-        ("save", "fp32 weights are joined from their halves"),
-        ("resume", "the optimizer's file is read whole"),
+        (
+            "save",
+            "beside the training state it holds that of one unit, or of all outside of units, a second time",
+        ),
+        (
+            "resume",
+            "the optimizer's state of one unit, or of all outside of units, is read before it is copied",
+        ),
     ):
         peak = plan.peaks.get(phase)
         if peak is not None:
@@ -206,7 +217,7 @@ def _phase_notes(plan: Plan) -> list[str]:
 
 def _needs(plan: Plan) -> dict[str, int]:
     """Bytes by tier; where RAM stands in for the GPU both tiers come out of the RAM there is."""
-    needs = {"GPU": plan.tier_bytes("GPU"), "RAM": plan.tier_bytes("RAM")}
+    needs = {tier: plan.tier_bytes(tier) for tier in ("GPU", "RAM", "disk")}
     if plan.device == "CPU":
         needs["RAM"] += needs["GPU"]
     return needs
@@ -231,6 +242,13 @@ def check_budgets(plan: Plan, budgets: Budgets, hints: Sequence[str] = ()) -> No
             "Raise gpu_memory or free some, or use a model with smaller layers or a smaller vocabulary.",
         ),
         ("RAM", budgets.ram, "Raise cpu_memory or free some, freeze some layers, or use a smaller model."),
+        (
+            "disk",
+            budgets.disk or 0,
+            "Set nvme_dir to a directory on a disk with as much free."
+            if budgets.disk is None
+            else "Raise nvme_memory, free some, add a directory on another disk to nvme_dir, or raise cpu_memory.",
+        ),
     ):
         if needs[tier] > budget:
             parts = ", ".join(

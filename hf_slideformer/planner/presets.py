@@ -29,9 +29,9 @@ _UPDATE_BYTES = {"fp32": 26, "8bit": 14}
 # PCIe x16, one direction, after line coding: 16 or 32 GT/s x 16 lanes x 128/130.
 _PCIE4, _PCIE5 = 31.5 * GB, 63.0 * GB
 
-# Shares that the H100 machine reached: 54.7 of 63 GB/s on the link, and 91.9 instead of 2 x 54.7 GB/s both ways; 2,977 of
-# 3,350 GB/s copying in GPU memory, 2,990 and 2,675 in the updates with fp32 and 8-bit moments; 726 of 989 TFLOP/s in
-# bf16 (the clock falls under load: shorter runs reach more), 51.7 of 66.9 in fp32.
+# Shares that the H100 machine reached: 54.7 of 63 GB/s on the link, and 91.9 instead of 2 x 54.7 GB/s both ways; of
+# 3,350 GB/s 2,977 copying in GPU memory, 2,990 and 2,675 in the updates with fp32 and 8-bit moments; 726 of 989 TFLOP/s
+# in bf16 (the clock falls under load: shorter runs reach more), 51.7 of 66.9 in fp32.
 _LINK_SHARE = 54.7 / 63
 _DUPLEX_FACTOR = 91.9 / 54.7
 _GPU_COPY_SHARE = 2977 / 3350
@@ -285,6 +285,18 @@ def estimate(*, gpu: str | None, gpu_bytes: int, ram_bytes: int, cores: int) -> 
         disk_read=None,
         disk_write=None,
     )
+
+
+def disk_rates(hardware: Hardware) -> tuple[float, float]:
+    """Bytes a second that the disk for state reads and writes; where nobody measured it those of the nearest preset."""
+    if hardware.disk_read is not None and hardware.disk_write is not None:
+        return hardware.disk_read, hardware.disk_write
+    if hardware.gpu is None:
+        host = _desktop(64, 3200e6)
+        return host.disk_read, host.disk_write
+    _, near = _nearest(hardware.gpu, hardware.gpu_bytes, hardware.ram_bytes)
+    assert near.disk_read is not None and near.disk_write is not None, "every preset has a disk"
+    return near.disk_read, near.disk_write
 
 
 def _nearest(gpu: str, gpu_bytes: int, ram_bytes: int) -> tuple[str, Hardware]:

@@ -1,14 +1,18 @@
 """Time model: how long a training step takes on one machine, and what bounds it.
 
 A few steps are simulated with one clock for each thing that does one piece of work at a time: the GPU's compute
-stream, the two directions of the link, the update worker on the CPU, and the thread that launches kernels. Work is
-issued in the engine's order, and waits for what it needs:
+stream, the two directions of the link, the update worker on the CPU, the disk, and the thread that launches kernels.
+Work is issued in the engine's order, and waits for what it needs:
 
     fetch of weights      a slot, the unit's pending update, the link
     forward, backward     the unit's weights, an input that was offloaded, the launching thread; backward also for the
                           gradients of earlier units, of which only a few may be on their way
     gradients to RAM      backward of the unit, the link, a staging buffer where they pass through one
-    update of a unit      its gradients; with clipping also the norm, which is known after backward
+    update of a unit      its gradients; with clipping also the norm, which is known after backward; its state
+    state from disk       the disk, and a buffer, which is free again when the state of another unit has been written
+
+The disk does one thing at a time, so that its seconds are bytes read and bytes written over their rates (an assumption:
+what both at once take is not measured). Reads are asked for with the updates that need them.
 
 The last of the simulated steps counts: by then what one step leaves to the next is as in a long run.
 """
@@ -16,12 +20,16 @@ The last of the simulated steps counts: by then what one step leaves to the next
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from ..hardware import Hardware
+from ..memory.layout import lay_out_on_disk
+from .presets import disk_rates
 from .workload import Decisions, Workload
 
 COMPUTE = "GPU compute"
@@ -29,6 +37,7 @@ H2D, D2H = "PCIe to the GPU", "PCIe to RAM"
 LINK = "PCIe"
 UPDATE = "CPU update (RAM bandwidth)"
 LAUNCH = "launching kernels"
+DISK = "disk"
 
 # A layer's matrix products reach this part of a large square product's rate, its other operations this part of a copy's
 # rate.
@@ -95,8 +104,8 @@ class Prediction:
 class Durations:
     """Seconds of each piece of work of a step, before anything waits; lists are by unit.
 
-    `compute_speed`, `link_speed`, `update_speed` and `launch_speed` of `of` say what if a resource were that many
-    times faster.
+    `compute_speed`, `link_speed`, `update_speed`, `launch_speed` and `disk_speed` of `of` say what if a resource were
+    that many times faster.
     """
 
     micro_batches: int
@@ -117,6 +126,8 @@ class Durations:
     outside_gradients: float
     outside_weights: float
     outside_update: float
+    disk_read: list[float]  # of a unit's residuals and moments
+    disk_write: list[float]
     launch: float = 1.0
 
     @classmethod
@@ -129,6 +140,7 @@ class Durations:
         link_speed: float = 1.0,
         update_speed: float = 1.0,
         launch_speed: float = 1.0,
+        disk_speed: float = 1.0,
     ) -> Durations:
         """Durations of a workload that has a profile."""
         profile, layouts, moments = workload.profile, workload.layouts, workload.moments.name
@@ -161,6 +173,8 @@ class Durations:
         h2d, d2h = hardware.h2d * link_speed, hardware.d2h * link_speed
         cpu = _UPDATE_SHARE * hardware.cpu_adamw[moments] * update_speed
         gpu = hardware.gpu_adamw[moments] * compute_speed
+        read, write = disk_rates(hardware)
+        on_disk = [lay_out_on_disk(layout, workload.moments).nbytes for layout in layouts]
         # While copies run both ways the update is slowed from one measured rate to the other; so each second of copying
         # costs it a part of a second.
         loaded = min(1.0, hardware.cpu_adamw_loaded[moments] / hardware.cpu_adamw[moments])
@@ -186,6 +200,8 @@ class Durations:
             outside_gradients=outside_grads / d2h,
             outside_weights=outside_bytes / h2d,
             outside_update=outside_numel / cpu,
+            disk_read=[nbytes / (read * disk_speed) for nbytes in on_disk],
+            disk_write=[nbytes / (write * disk_speed) for nbytes in on_disk],
             launch=1.0 / launch_speed,
         )
 
@@ -253,20 +269,28 @@ class _Load:
                 + _LAUNCH_STEP_S
                 + len(resident) * _LAUNCH_UPDATE_S
             ),
+            DISK: sum(times.disk_read[k] + times.disk_write[k] for k in decisions.on_disk),
         }
         return load
 
 
 def shortest_step_s(times: Durations, decisions: Decisions, pageable: float = 0.0) -> float:
     """A time that no simulated step is shorter than: the work of the busiest resource, and with clipping that of the
-    update followed by the backward pass, which needs all of it.
+    update, or of the disk for it, followed by the backward pass, which needs all of it.
     """
     load = _Load.of(times, decisions, pageable)
     bound = max(load.busy.values())
     if not times.overlapped and load.streamed:
         after = load.streamed[-1]
         update = sum(load.update[k] for k in load.streamed)
-        bound = max(bound, update + sum(load.forward[after:]) + times.loss + sum(load.backward))
+        backward = times.loss + sum(load.backward)
+        bound = max(bound, update + sum(load.forward[after:]) + backward)
+        if decisions.on_disk:
+            # All are read, and those whose buffers are needed again are written.
+            written = sorted(times.disk_write[k] for k in decisions.on_disk)
+            disk = sum(times.disk_read[k] for k in decisions.on_disk)
+            disk += sum(written[: max(0, len(written) - decisions.disk_buffers)])
+            bound = max(bound, disk + sum(load.forward[max(decisions.on_disk) :]) + backward)
     return bound
 
 
@@ -301,7 +325,7 @@ def predict(
         UPDATE: {"update_speed": 2.0},
         LINK: {"link_speed": 2.0},
         LAUNCH: {"launch_speed": 2.0},
-    }
+    } | ({DISK: {"disk_speed": 2.0}} if decisions.on_disk else {})
     what_if = {
         resource: step_seconds(Durations.of(workload, hardware, **speed), decisions, pageable)
         for resource, speed in twice_as_fast.items()
@@ -326,28 +350,49 @@ def _main_dtype(specs) -> torch.dtype:
 # -- simulation ------------------------------------------------------------------------------------------------
 
 
+class _Job(NamedTuple):
+    """Work for the update worker. A staged one gives its staging buffer back when it is done; one whose state is on
+    disk has that read before, written after, and keeps one of the disk's buffers meanwhile.
+    """
+
+    ready: float
+    priority: int
+    seconds: float
+    what: tuple[str, int]
+    staged: bool = False
+    asked: float = 0.0
+    read: float | None = None
+    write: float = 0.0
+
+
 class _Worker:
-    """The update worker: of the jobs that are ready it takes the first in forward order."""
+    """The update worker, of the jobs that are ready it takes the first in forward order, and the disk beside it."""
 
-    def __init__(self) -> None:
-        self.clock = 0.0
+    def __init__(self, staging_buffers: int, disk_buffers: int) -> None:
+        self.clock = self.disk = 0.0
         self.done: dict[tuple[str, int], float] = {}
-        self.free_staging: list[float] = []
-        self._coming: list[tuple[float, int, float, tuple[str, int], bool]] = []
-        self._ready: list[tuple[int, float, float, tuple[str, int], bool]] = []
+        self._held_up: set[tuple[str, int]] = set()
+        # When each free staging buffer became so, and what that had waited for.
+        self._staging = [(0.0, UPDATE)] * staging_buffers
+        self._buffers = [0.0] * disk_buffers
+        self._unread: deque[_Job] = deque()
+        self._coming: list[_Job] = []
+        self._ready: list[tuple[int, float, _Job]] = []
 
-    def submit(
-        self, job: tuple[str, int], ready: float, priority: int, seconds: float, *, staged: bool = False
-    ) -> None:
-        """Add a job; a staged one gives its staging buffer back when it is done."""
-        self.done.pop(job, None)
-        heapq.heappush(self._coming, (ready, priority, seconds, job, staged))
+    def submit(self, job: _Job) -> None:
+        """Add a job."""
+        self.done.pop(job.what, None)
+        if job.read is None:
+            heapq.heappush(self._coming, job)
+        else:
+            self._unread.append(job)
+            self._read_ahead()
 
-    def finish(self, job: tuple[str, int]) -> float:
+    def finish(self, what: tuple[str, int]) -> float:
         """When the job is done."""
-        while job not in self.done:
+        while what not in self.done:
             self._run_one()
-        return self.done[job]
+        return self.done[what]
 
     def finish_all(self) -> float:
         """When all jobs are done."""
@@ -355,23 +400,43 @@ class _Worker:
             self._run_one()
         return self.clock
 
-    def take_staging(self) -> float:
-        """When a staging buffer is free."""
-        while not self.free_staging:
+    def take_staging(self) -> tuple[float, str]:
+        """When a staging buffer is free, and what that waited for."""
+        while not self._staging:
             self._run_one()
-        return heapq.heappop(self.free_staging)
+        return heapq.heappop(self._staging)
+
+    def waited_for(self, what: tuple[str, int]) -> str:
+        """What a job that is done began after: `DISK` where the worker had time before its state came."""
+        return DISK if what in self._held_up else UPDATE
+
+    def _read_ahead(self) -> None:
+        while self._unread and self._buffers:
+            job = self._unread.popleft()
+            assert job.read is not None
+            self.disk = max(self.disk, heapq.heappop(self._buffers), job.asked) + job.read
+            self._held_up.discard(job.what)
+            if self.disk > job.ready:
+                self._held_up.add(job.what)
+            heapq.heappush(self._coming, job._replace(ready=max(job.ready, self.disk)))
 
     def _run_one(self) -> None:
-        if not self._ready and self._coming[0][0] > self.clock:
-            self.clock = self._coming[0][0]
-        while self._coming and self._coming[0][0] <= self.clock:
-            ready, priority, seconds, job, staged = heapq.heappop(self._coming)
-            heapq.heappush(self._ready, (priority, ready, seconds, job, staged))
-        _, _, seconds, job, staged = heapq.heappop(self._ready)
-        self.clock += seconds
-        self.done[job] = self.clock
-        if staged:
-            heapq.heappush(self.free_staging, self.clock)
+        if not self._ready and self._coming[0].ready > self.clock:
+            self.clock = self._coming[0].ready
+        while self._coming and self._coming[0].ready <= self.clock:
+            job = heapq.heappop(self._coming)
+            heapq.heappush(self._ready, (job.priority, job.ready, job))
+        _, ready, job = heapq.heappop(self._ready)
+        if self.clock > ready:
+            self._held_up.discard(job.what)
+        self.clock += job.seconds
+        self.done[job.what] = self.clock
+        if job.staged:
+            heapq.heappush(self._staging, (self.clock, self.waited_for(job.what)))
+        if job.read is not None:
+            self.disk = max(self.disk, self.clock) + job.write
+            heapq.heappush(self._buffers, self.disk)
+            self._read_ahead()
 
 
 class _Step:
@@ -392,13 +457,14 @@ class _Step:
         ]
         self.staged = decisions.staging_buffers > 0 and (times.overlapped or times.micro_batches > 1)
         self.host = self.compute = self.h2d = self.d2h = self.issued = 0.0
-        self.worker = _Worker()
-        self.worker.free_staging = [0.0] * decisions.staging_buffers
+        self.worker = _Worker(decisions.staging_buffers, decisions.disk_buffers)
+        self.on_disk = set(decisions.on_disk)
         self.pending = [False] * len(load.forward)
         # Slots: the unit in each, when its copy lands, what that waited for, when the slot may be overwritten.
         self.holds: list[int | None] = [None] * decisions.slots
         self.landed = [0.0] * decisions.slots
         self.updated = [0.0] * decisions.slots
+        self.updated_by = [UPDATE] * decisions.slots
         self.copy_issued = [0.0] * decisions.slots
         self.released = [0.0] * decisions.slots
         self.last_use = [0] * decisions.slots
@@ -407,7 +473,7 @@ class _Step:
         self.link = load.forward_link
         # When each offloaded input is in RAM.
         self.stored = [0.0] * len(load.forward)
-        self.waits = {UPDATE: 0.0, LINK: 0.0, LAUNCH: 0.0}
+        self.waits = {UPDATE: 0.0, LINK: 0.0, LAUNCH: 0.0, DISK: 0.0}
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -423,16 +489,18 @@ class _Step:
         return self.holds[slot] is not None, self.last_use[slot]
 
     def _fetch(self, slot: int, unit: int) -> None:
-        updated = 0.0
+        updated, by = 0.0, UPDATE
         if self.pending[unit]:
             updated = self.worker.finish(("update", unit))
+            by = self.worker.waited_for(("update", unit))
             self.pending[unit] = False
         self.issued = max(self.issued, self.host, updated)
         start = max(self.h2d, self.issued, self.released[slot])
         self.h2d = start + self.times.weights[unit] * self.link
         self.uses += 1
         self.holds[slot], self.last_use[slot] = unit, self.uses
-        self.landed[slot], self.updated[slot], self.copy_issued[slot] = self.h2d, updated, self.issued
+        self.landed[slot], self.copy_issued[slot] = self.h2d, self.issued
+        self.updated[slot], self.updated_by[slot] = updated, by
 
     def acquire(self, unit: int, following: list[int]) -> int:
         if unit not in self.holds:
@@ -447,11 +515,16 @@ class _Step:
 
     # -- compute ---------------------------------------------------------------------------------------------
 
-    def run(self, seconds: float, ready: float, launch_s: float, *, updated: float = 0.0) -> None:
-        """Work on the compute stream that needs `ready`, and cannot end before it has been launched."""
+    def run(
+        self, seconds: float, ready: float, launch_s: float, *, updated: float = 0.0, by: str = UPDATE
+    ) -> None:
+        """Work on the compute stream that needs `ready`, and cannot end before it has been launched.
+
+        Waiting for an update that was done at `updated` counts as waiting for `by`.
+        """
         self.host += launch_s
         if ready > self.compute:
-            self.waits[UPDATE if updated > self.compute else LINK] += ready - self.compute
+            self.waits[by if updated > self.compute else LINK] += ready - self.compute
             self.compute = ready
         end = self.compute + seconds
         if self.host > end:
@@ -468,10 +541,11 @@ class _Step:
         self.host += _LAUNCH_LOSS_S * self.times.launch
         for unit, seconds in enumerate(load.forward):
             ready = updated = 0.0
+            by = UPDATE
             slot = -1
             if self.is_streamed[unit]:
                 slot = self.acquire(unit, streamed[position + 1 : position + 1 + depth])
-                ready, updated = self.landed[slot], self.updated[slot]
+                ready, updated, by = self.landed[slot], self.updated[slot], self.updated_by[slot]
                 position += 1
             if self.offloads[unit]:
                 self.d2h = max(self.d2h, self.compute) + self.times.inputs[unit] * self.link
@@ -479,7 +553,7 @@ class _Step:
                 leaving.append(self.d2h)
                 if len(leaving) > _MOVING:
                     ready = max(ready, leaving[-1 - _MOVING])
-            self.run(seconds, ready, self.launch_forward, updated=updated)
+            self.run(seconds, ready, self.launch_forward, updated=updated, by=by)
             if slot >= 0:
                 self.released[slot] = self.compute
 
@@ -488,7 +562,7 @@ class _Step:
         self.link = load.backward_link
         depth = self.decisions.slots - 1
         position = len(streamed)
-        moving: list[tuple[float, float]] = []
+        moving: list[tuple[float, float, str]] = []
         coming: dict[int, float] = {}
         inputs = self.offloaded[::-1]
         for unit in range(len(load.backward) - 1, -1, -1):
@@ -509,20 +583,28 @@ class _Step:
                 self.released[slot] = self.compute
                 moving.append(self._send_gradients(unit))
                 if len(moving) > _MOVING:
-                    issued, landed = moving.pop(0)
+                    issued, landed, by = moving.pop(0)
                     self.host = max(self.host, issued)
-                    self.run(0.0, landed, 0.0, updated=issued if self.staged else 0.0)
+                    self.run(0.0, landed, 0.0, updated=issued if self.staged else 0.0, by=by)
 
-    def _send_gradients(self, unit: int) -> tuple[float, float]:
-        """When the copy of a unit's gradients is handed to the link, and when it lands."""
-        issued = max(self.host, self.worker.take_staging()) if self.staged else self.host
+    def _send_gradients(self, unit: int) -> tuple[float, float, str]:
+        """When the copy of a unit's gradients is handed to the link, when it lands, and whom a staging buffer kept."""
+        free, by = self.worker.take_staging() if self.staged else (0.0, UPDATE)
+        issued = max(self.host, free)
         self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link
         if self.times.overlapped:
-            self.worker.submit(("update", unit), self.d2h, unit, self.load.update[unit], staged=True)
-            self.pending[unit] = True
+            self._submit_update(unit, self.d2h, staged=True)
         elif self.staged:  # sums go before updates
-            self.worker.submit(("sum", unit), self.d2h, -1, self.times.summing[unit], staged=True)
-        return issued, self.d2h
+            self.worker.submit(_Job(self.d2h, -1, self.times.summing[unit], ("sum", unit), staged=True))
+        return issued, self.d2h, by
+
+    def _submit_update(self, unit: int, ready: float, *, staged: bool = False) -> None:
+        job = _Job(ready, unit, self.load.update[unit], ("update", unit), staged)
+        if unit in self.on_disk:
+            times = self.times
+            job = job._replace(asked=self.host, read=times.disk_read[unit], write=times.disk_write[unit])
+        self.worker.submit(job)
+        self.pending[unit] = True
 
     # -- a step ----------------------------------------------------------------------------------------------
 
@@ -549,12 +631,11 @@ class _Step:
         resident = self.decisions.resident
         if not times.overlapped:
             for unit in load.streamed:
-                self.worker.submit(("update", unit), self.host, unit, load.update[unit])
-                self.pending[unit] = True
+                self._submit_update(unit, self.host)
         seconds = sum(times.gpu_update[unit] for unit in resident)
         if self.decisions.outside_state == "RAM":
             self.d2h = max(self.d2h, self.compute) + times.outside_gradients
-            self.worker.submit(("outside", 0), self.d2h, -1, times.outside_update)
+            self.worker.submit(_Job(self.d2h, -1, times.outside_update, ("outside", 0)))
             self.h2d = max(self.h2d, self.worker.finish(("outside", 0))) + times.outside_weights
             self.outside_ready = self.h2d
         else:
@@ -574,7 +655,11 @@ def _simulate(load: _Load, times: Durations, decisions: Decisions) -> tuple[floa
     for _ in range(_STEPS):
         waited = dict(machine.waits)
         ends.append(machine.step())
+        # Where steps are shorter than the disk's work its backlog grows, until all its buffers are part of it.
         if len(ends) > 3 and abs(ends[-1] - 2 * ends[-2] + ends[-3]) <= _STEADY * (ends[-1] - ends[-2]):
             break
     waits = {what: seconds - waited[what] for what, seconds in machine.waits.items()}
-    return ends[-1] - ends[-2], waits
+    step_s = ends[-1] - ends[-2]
+    backlog = max(0.0, load.busy[DISK] - step_s)
+    waits[DISK] += backlog
+    return step_s + backlog, waits

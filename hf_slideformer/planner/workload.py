@@ -126,8 +126,9 @@ class Decisions:
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Bytes that may be used per tier; what the user allowed, or what is there."""
+    """Bytes that may be used per tier; what the user allowed, or what is there. `disk` is None if none was named."""
 
     gpu: int
     ram: int
     pinned: int | None = None
+    disk: int | None = None

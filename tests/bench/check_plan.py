@@ -26,6 +26,7 @@ def compare(row: dict) -> tuple[str, bool]:
     for label, measured, bound in (
         ("GPU", row["gpu_peak_allocated_bytes"], planned["GPU"]),
         ("RAM", row["host_bytes"], planned["RAM"]),
+        ("disk", row.get("disk_bytes"), planned.get("disk")),
     ):
         if not measured:
             continue

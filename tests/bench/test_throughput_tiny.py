@@ -62,6 +62,7 @@ MAY_BE_NULL = {
     "gpu_peak_reserved_bytes",
     "bytes_moved",
     "host_bytes",
+    "disk_bytes",
     "host_state_bytes_per_param",
     "slide_metrics",
     "plan",

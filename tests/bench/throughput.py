@@ -225,13 +225,13 @@ RESULT_KEYS = (
     "gpu_peak_reserved_bytes",
     "bytes_moved",
     "host_bytes",
+    "disk_bytes",
     "host_state_bytes_per_param",
     "slide_metrics",
     "plan",
 )
 
 
-LINKS = ("h2d", "d2h", "nvme")  # what the engine's byte counters start with
 
 
 def row_config(args: argparse.Namespace, batch_size: int) -> dict:
@@ -303,7 +303,7 @@ def train(args: argparse.Namespace, batch_size: int, output_dir: str) -> dict:
         "train_loss": output.training_loss,
         "gpu_peak_allocated_bytes": torch.cuda.max_memory_allocated() if on_gpu else None,
         "gpu_peak_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
-        "bytes_moved": {key: n for key, n in per_step.items() if key.startswith(LINKS)} or None,
+        "bytes_moved": {key: n for key, n in per_step.items() if key.endswith("_bytes")} or None,
         "slide_metrics": per_step or None,
         **slide_plan(trainer),
     }
@@ -478,6 +478,7 @@ def slide_plan(trainer) -> dict:
     return {
         "plan": plan.as_dict(),
         "host_bytes": engine.host_bytes,
+        "disk_bytes": engine.disk_bytes,
         "host_state_bytes_per_param": engine.host_state_bytes / plan.host_params
         if plan.host_params
         else None,

@@ -85,8 +85,10 @@ def decide(
     slots: int = 3,
     staging_buffers: int = 3,
     outside_state: str = "GPU",
+    on_disk: Collection[int] = (),
+    disk_buffers: int = 3,
 ) -> Decisions:
-    """Decisions by hand: which units are resident, and which keep or offload their activations."""
+    """Decisions by hand: which units are resident, keep or offload their activations, have state on disk."""
     return Decisions(
         resident=tuple(resident),
         activations=tuple(
@@ -96,6 +98,8 @@ def decide(
         slots=slots if len(resident) < units else 0,
         staging_buffers=staging_buffers,
         outside_state=outside_state,
+        on_disk=tuple(on_disk),
+        disk_buffers=disk_buffers if on_disk else 0,
     )
 
 
@@ -126,7 +130,10 @@ def train(
     for _ in range(steps):
         step(run, [next(data) for _ in range(micro_batches)], max_norm=max_norm, autocast=autocast)
     run.engine.synchronize()
-    run.weights = {state.name: state.read_master().detach().cpu().clone() for state in run.engine.states}
+    run.weights = {}
+    for states in run.engine.states_by_unit():
+        with run.engine.state_in_memory(states):
+            run.weights |= {state.name: state.read_master().detach().cpu().clone() for state in states}
     return run
 
 
@@ -152,16 +159,33 @@ def assert_same_bits(first: Run, second: Run) -> None:
     """Losses, norms, weights, residuals and moments of two runs agree bit for bit."""
     assert first.losses == second.losses
     assert first.norms == second.norms
-    for one, two in zip(first.engine.states, second.engine.states, strict=True):
-        assert one.name == two.name
-        assert one.step == two.step, one.name
-        assert_same_state(tensors_of(one), tensors_of(two), one.name)
+    ours, theirs = all_tensors(first.engine), all_tensors(second.engine)
+    assert ours.keys() == theirs.keys()
+    for name, tensors in ours.items():
+        assert_same_state(tensors, theirs[name], name)
+
+
+def all_tensors(engine: SlideEngine) -> dict[str, dict[str, torch.Tensor]]:
+    """All that is kept of every parameter, by its name; copies of what lives on disk."""
+    found = {}
+    for states in engine.states_by_unit():
+        with engine.state_in_memory(states):
+            for state in states:
+                tensors = tensors_of(state)
+                on_disk = engine.disk_bytes > 0
+                found[state.name] = {key: x.clone() if on_disk else x for key, x in tensors.items()}
+    return found
 
 
 def tensors_of(state: ParamState) -> dict[str, torch.Tensor]:
     """All that is kept of a parameter, by name."""
     residual = {} if state.residual is None else {"residual": state.residual}
-    return {"weight": state.weight, **residual, **state.moments}
+    return {
+        "weight": state.weight,
+        "step": torch.tensor(state.step, dtype=torch.int32),
+        **residual,
+        **state.moments,
+    }
 
 
 def assert_same_state(

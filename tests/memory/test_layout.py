@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from hf_slideformer.memory.layout import ParamSpec, Segment, lay_out
+from hf_slideformer.memory.layout import MOMENT_FORMATS, ParamSpec, Segment, lay_out, lay_out_on_disk
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int8)
 
@@ -112,3 +112,26 @@ def test_a_resident_parameter_has_no_place():
     segment = Segment.alone(_spec("head", (4, 4)))
     places = (segment.weight_offset, segment.grad_offset, segment.state_offset, segment.lo_offset)
     assert places == (-1, -1, -1, -1)
+
+
+@pytest.mark.parametrize("moments", MOMENT_FORMATS.values(), ids=MOMENT_FORMATS)
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_on_disk_are_aligned_and_do_not_overlap(seed, moments):
+    layout = lay_out(_random_specs(seed))
+    on_disk = lay_out_on_disk(layout, moments)
+    sizes = [part.entries(layout.state_numel) * part.dtype.itemsize for part in moments.parts]
+    places = list(zip(on_disk.moment_offsets, sizes, strict=True))
+    assert (on_disk.lo_offset < 0) == (layout.lo_numel == 0)
+    if layout.lo_numel:
+        places.append((on_disk.lo_offset, 2 * layout.lo_numel))
+    end = 0
+    for offset, nbytes in places:
+        assert offset % 4096 == 0 and end <= offset < end + 4096
+        end = offset + nbytes
+    assert on_disk.nbytes % 4096 == 0 and end <= on_disk.nbytes < end + 4096
+
+
+def test_a_unit_without_optimizer_state_takes_nothing_on_disk():
+    layout = lay_out([_spec("w", (300,), torch.float32, trainable=False)])
+    on_disk = lay_out_on_disk(layout, MOMENT_FORMATS["8bit"])
+    assert (on_disk.moment_offsets, on_disk.lo_offset, on_disk.nbytes) == ((0, 0, 0, 0), -1, 0)

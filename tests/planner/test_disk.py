@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
+from hf_slideformer.errors import PlanError
 from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS
-from hf_slideformer.planner.disk import share_with_disk, state_bytes
+from hf_slideformer.planner.disk import optimizer_state_is_enough, share_with_disk, state_bytes
 from hf_slideformer.planner.memory import MemoryModel, gpu_reserve_bytes
+from hf_slideformer.planner.solve import solve
 from hf_slideformer.planner.workload import Budgets, Decisions
 
-from .machines import GIB, llama
+from .machines import GIB, H100, llama
 
 UNITS = 32
 
@@ -60,6 +62,22 @@ def test_inputs_that_waited_among_gradients_stay_in_ram():
     inputs = 2 * 8192 * 4096
     more = with_inputs.ram_bytes + with_inputs.disk_bytes - without.ram_bytes - without.disk_bytes
     assert more == with_inputs.on_disk * inputs > 0
+
+
+@pytest.mark.parametrize("wishes", [{}, {"placement": "stream"}, {"activations": "keep"}])
+def test_optimizer_state_on_disk_is_enough_where_the_planner_says_so(wishes):
+    answers = set()
+    for gpu, ram in ((24, 20), (24, 30), (24, 34), (24, 60), (8, 60), (2, 60)):
+        enough = optimizer_state_is_enough(llama(1), _budgets(gpu, ram), **wishes)
+        budgets = dataclasses.replace(_budgets(gpu, ram), disk=10**15)
+        try:
+            solve(llama(1), H100, budgets, **wishes)
+        except PlanError:
+            assert not enough
+        else:
+            assert enough
+        answers.add(enough)
+    assert answers == {True, False}
 
 
 def test_wishes_are_followed():

@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from hf_slideformer.memory.layout import lay_out
+from hf_slideformer.memory.layout import MOMENT_FORMATS, lay_out
 from hf_slideformer.planner.memory import MemoryModel
 from hf_slideformer.planner.profile import ModelProfile, UnitProfile
 from hf_slideformer.planner.workload import Decisions, Workload
 
-from .machines import llama, llama_profile, spec
+from .machines import MIB, llama, llama_profile, spec
 
 
 class _Ledger:
@@ -258,3 +258,73 @@ def test_fp32_gradients_need_no_second_copy_to_be_summed():
         max(m.resident_gradients for m in MemoryModel(one).walk(resident)) for one in (once, workload)
     ]
     assert backward == [4096, 2 * 4096]  # the sum, and the new gradient
+
+
+def test_state_on_disk_is_what_ram_no_longer_holds():
+    """Against buffers counted by hand: weights, gradients and what of the state is in RAM, each in whole pages."""
+    rng = random.Random(7)
+
+    def pages(nbytes):
+        return -(-nbytes // 4096) * 4096
+
+    for _ in range(200):
+        moments = rng.choice(list(MOMENT_FORMATS.values()))
+        workload = _random_workload(rng, moments=moments)
+        units = range(len(workload.layouts))
+        resident = sorted(rng.sample(units, rng.randint(0, len(units))))
+        streamed = [unit for unit in units if unit not in resident]
+        on_disk = sorted(rng.sample(streamed, rng.randint(0, len(streamed))))
+        decisions = dataclasses.replace(
+            Decisions.of(workload),
+            resident=tuple(resident),
+            on_disk=tuple(on_disk),
+            disk_buffers=rng.randint(1, 3),
+        )
+        ram, disk, largest = 0, 0, 0
+        for unit in streamed:
+            numel = workload.layouts[unit].state_numel
+            state = pages(2 * numel) + sum(
+                pages(-(-numel // part.block_numel) * part.dtype.itemsize) for part in moments.parts
+            )
+            ram += 2 * pages(2 * numel)  # bf16 weights and gradients
+            if unit in on_disk:
+                disk, largest = disk + state, max(largest, state)
+            else:
+                ram += state
+        memory = MemoryModel(workload)
+        assert memory.ram_train(decisions) == ram + decisions.disk_buffers * largest
+        assert memory.disk_bytes(decisions) == disk == memory.disk_items(decisions)[0].nbytes
+        peaks = memory.peaks(decisions)
+        assert {peak["disk"] for peak in peaks.values()} == {disk}
+        elsewhere = dataclasses.replace(decisions, on_disk=(), disk_buffers=0)
+        assert peaks["train"]["GPU"] == memory.gpu_peak(elsewhere)
+        assert peaks["load"]["GPU"] == memory.gpu_load(elsewhere)
+
+
+def test_loading_with_state_on_disk_needs_its_buffers_and_no_residuals():
+    """Two units of 1 Mi parameters that come in fp32: 4 MiB each, 2 as weights, 2 residuals, 8 moments."""
+    layout = lay_out([spec("w", MIB, source=torch.float32)])
+    workload = Workload(layouts=(layout, layout), outside=())
+    memory, streamed = MemoryModel(workload), Decisions.streamed(workload)
+
+    def load(*on_disk, buffers):
+        decisions = dataclasses.replace(streamed, on_disk=on_disk, disk_buffers=buffers)
+        return memory.ram_load(decisions) / MIB
+
+    assert load(buffers=0) == 4 + 4 + (2 + 2)
+    assert load(1, buffers=1) == 4 + 4 + 10 + (2 + 2)  # at the first unit
+    assert load(0, buffers=1) == 4 + 4 + 10 + 2  # at both, since by then the first is 2 smaller
+    assert load(0, 1, buffers=2) == 4 + 4 + 20 + 2
+
+
+def test_evaluation_has_state_on_disk_where_training_will():
+    workload = llama(1, layers=4)
+    decisions = dataclasses.replace(Decisions.streamed(workload), on_disk=(2, 3), disk_buffers=2)
+    training, evaluating = (
+        MemoryModel(dataclasses.replace(workload, training=training)) for training in (True, False)
+    )
+    assert training.disk_bytes(decisions) == evaluating.disk_bytes(decisions) > 0
+    items = {item.what: item.nbytes for item in evaluating.ram_items(decisions)}
+    assert items["disk buffers"] == 2 * evaluating.disk_state[3]
+    assert items["master residuals"] == pytest.approx(2 * 2 * workload.layouts[0].numel, rel=1e-4)
+    assert "moments" not in items

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -145,6 +146,63 @@ def test_state_outside_of_units_in_ram():
     assert plan.pinned_bytes == (9 + 3 + 4) * MIB
 
 
+ON_DISK = {"on_disk": (1,), "disk_buffers": 2}
+
+
+def _on_disk(**changes):
+    workload = _workload(**changes)
+    return dataclasses.replace(Decisions.streamed(workload), **ON_DISK)
+
+
+def test_state_on_disk():
+    """The state of the second unit: 1 Mi trained parameters."""
+    budgets = Budgets(gpu=GIB, ram=GIB, disk=16 * MIB)
+    plan = _plan(_on_disk(), budgets=budgets)
+    assert _mib(plan) == DEFERRED | {
+        "master residuals": 1,
+        "moments": 4,
+        "disk buffers": 2 * (2 + 8),
+        "residuals and moments": 2 + 8,
+    }
+    assert plan.tier_bytes("disk") == 10 * MIB and plan.left["disk"] == 6 * MIB
+    assert plan.pinned_bytes == (9 + 3) * MIB  # the GPU never touches such a buffer
+    assert plan.budgets == {"GPU": GIB, "RAM": GIB, "disk": 16 * MIB}
+    text = str(plan)
+    assert "; optimizer state of 1 unit on disk; updates: deferred" in text
+    assert re.search(r"\n  disk +10\.00 MiB, 6\.00 MiB left\n    residuals and moments +10\.00 MiB", text)
+    restored = json.loads(json.dumps(plan.as_dict()))
+    assert restored["decisions"]["on_disk"] == [1] and restored["decisions"]["disk_buffers"] == 2
+    assert restored["peaks"]["resume"]["disk"] == 10 * MIB and restored["left"]["disk"] == 6 * MIB
+    assert any(
+        item == {"tier": "disk", "what": "residuals and moments", "nbytes": 10 * MIB, "pinned": False}
+        for item in restored["items"]
+    )
+    check_budgets(plan, budgets)
+
+
+def test_a_plan_without_a_disk_does_not_speak_of_one():
+    plan = _plan(budgets=Budgets(gpu=GIB, ram=GIB))
+    assert "disk" not in str(plan) and set(plan.left) == {"GPU", "RAM"} and plan.tier_bytes("disk") == 0
+    unused = _plan(budgets=Budgets(gpu=GIB, ram=GIB, disk=GIB))
+    assert "disk" not in str(unused) and unused.left["disk"] == GIB
+
+
+@pytest.mark.parametrize(
+    ("disk", "remedy"),
+    [
+        (
+            10 * MIB - 1,
+            r"10\.00 MiB may be used\. Raise nvme_memory, free some, .*, or raise cpu_memory\. Pray\.",
+        ),
+        (None, r"0\.00 MiB may be used\. Set nvme_dir .*\. Pray\."),
+    ],
+)
+def test_too_little_disk_names_numbers_and_remedies(disk, remedy):
+    need = r"The plan needs 10\.00 MiB of disk \(residuals and moments 10\.00 MiB\); "
+    with pytest.raises(PlanError, match="^" + need + remedy + "$"):
+        check_budgets(_plan(_on_disk()), Budgets(gpu=GIB, ram=GIB, disk=disk), ["Pray."])
+
+
 def test_activations_are_part_of_the_plan_where_they_are_known():
     plan = _plan(profile=PROFILE)
     assert plan.peak_at == "backward of unit 1"
@@ -249,17 +307,25 @@ def test_peaks_of_all_phases():
     assert {phase: peak["RAM"] for phase, peak in plan.peaks.items()} == {
         "load": (3 * 4 + 4) * MIB,  # all as it came, and one unit's new weights and residual
         "train": train,
-        "save": train + 3 * 4 * MIB,  # all parameters joined in fp32
-        "resume": train + 3 * 10 * MIB,  # a second residual and moments of every parameter
+        "save": train + (4 + 10) * MIB,  # one unit: its parameters joined in fp32, its residual and moments
+        "resume": train + 10 * MIB,  # residual and moments of one unit, before they are where they belong
     }
     assert plan.peaks["load"]["GPU"] == (2 * 2 + 2 + 2) * MIB
     assert plan.peaks["train"]["GPU"] == plan.tier_bytes("GPU")
-    assert any("to resume needs 58.00 MiB of RAM" in note and "33.00 MiB more" in note for note in plan.notes)
+    assert any("to resume needs 38.00 MiB of RAM" in note and "13.00 MiB more" in note for note in plan.notes)
 
 
 def test_bf16_weights_are_saved_as_they_are():
     peaks = _plan().peaks
-    assert peaks["save"]["RAM"] == peaks["train"]["RAM"]
+    assert peaks["save"] == peaks["resume"]
+
+
+def test_what_lies_outside_of_units_may_be_what_a_checkpoint_needs_most_for():
+    plan = _plan(outside=(spec("embedding", 5 * MIB),))
+    assert plan.peaks["save"]["RAM"] - plan.peaks["train"]["RAM"] == 5 * 10 * MIB
+    # Gradients are not on their way when a run is resumed.
+    plan = _plan(overlapped=True)
+    assert plan.peaks["resume"]["RAM"] == plan.peaks["save"]["RAM"] - 4 * MIB
 
 
 def test_text_shows_every_item():

@@ -8,7 +8,7 @@ import pytest
 from hf_slideformer.errors import ConfigError
 from hf_slideformer.hardware import UPDATE_FORMATS, Hardware
 from hf_slideformer.memory.layout import MOMENT_FORMATS
-from hf_slideformer.planner.presets import PRESETS, estimate, preset
+from hf_slideformer.planner.presets import PRESETS, disk_rates, estimate, preset
 
 GIB = 2**30
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,16 @@ def test_estimate_takes_the_nearest_preset_and_the_machine_s_own_memory(gpu, gpu
     assert (machine.h2d, machine.bf16_flops) == (near.h2d, near.bf16_flops)
     assert machine.cpu_adamw == near.cpu_adamw  # more cores do not make RAM faster
     assert machine.disk_bytes is None and machine.disk_read is None
+
+
+def test_rates_of_a_disk_that_nobody_measured_are_those_of_the_nearest_preset():
+    h100 = preset("h100")
+    assert disk_rates(h100) == (h100.disk_read, h100.disk_write)
+    other = estimate(gpu="NVIDIA H100 PCIe", gpu_bytes=79 * GIB, ram_bytes=200 * GIB, cores=64)
+    assert disk_rates(other) == (h100.disk_read, h100.disk_write)
+    half = dataclasses.replace(other, disk_read=5e9)
+    assert disk_rates(half) == disk_rates(other)
+    assert disk_rates(MACHINES["no GPU"]) == disk_rates(preset("rtx3090-64gb"))
 
 
 def test_few_cores_slow_the_updates_and_nothing_else():

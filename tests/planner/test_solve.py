@@ -6,16 +6,17 @@ import re
 import time
 
 import pytest
+import torch
 
 from hf_slideformer.errors import PlanError
-from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS
+from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
 from hf_slideformer.planner.memory import MemoryModel, gpu_reserve_bytes
 from hf_slideformer.planner.profile import UnitProfile
 from hf_slideformer.planner.solve import TIE, advise, solve
-from hf_slideformer.planner.timeline import COMPUTE, Durations, step_seconds
+from hf_slideformer.planner.timeline import COMPUTE, DISK, Durations, step_seconds
 from hf_slideformer.planner.workload import Budgets, Decisions
 
-from .machines import GIB, H100, MIB, llama, llama_profile
+from .machines import GIB, H100, MIB, llama, llama_profile, spec
 
 SMALL = {"layers": 5, "hidden": 512, "kv": 256, "inner": 1024, "vocabulary": 4000}
 # Slow enough that everything matters: a model of a few million parameters takes a while.
@@ -32,8 +33,8 @@ SMALL_MACHINE = dataclasses.replace(
 )
 
 
-def _h100_budgets(gpu=78.5, ram=120.0):
-    return Budgets(gpu=int(gpu * GIB), ram=int(ram * GIB))
+def _h100_budgets(gpu=78.5, ram=120.0, disk=None):
+    return Budgets(gpu=int(gpu * GIB), ram=int(ram * GIB), disk=None if disk is None else int(disk * GIB))
 
 
 def _used(plan, workload, budgets):
@@ -41,7 +42,8 @@ def _used(plan, workload, budgets):
     gpu, ram = plan.tier_bytes("GPU"), plan.tier_bytes("RAM")
     if not workload.on_gpu:
         ram += gpu
-    return gpu + gpu_reserve_bytes(workload, budgets.gpu) - budgets.gpu, ram - budgets.ram
+    disk = plan.tier_bytes("disk") - (budgets.disk or 0)
+    return gpu + gpu_reserve_bytes(workload, budgets.gpu) - budgets.gpu, ram - budgets.ram, disk
 
 
 def test_a_model_that_fits_stays_on_the_gpu():
@@ -131,17 +133,24 @@ def test_it_finds_what_exhaustive_search_finds():
 
 def test_budgets_are_never_exceeded():
     rng = random.Random(4)
-    solved = 0
-    for _ in range(90):
+    solved = on_disk = 0
+    for _ in range(120):
         settings = {
             "moments": rng.choice((llama().moments, EIGHT_BIT_MOMENTS)),
             "on_gpu": rng.random() < 0.8,
             **rng.choice(({}, {"overlapped": True}, {"micro_batches": 4})),
         }
-        sizes = SMALL | {"layers": rng.randint(1, 9)}
+        sizes = SMALL | {"layers": rng.randint(1, 12)}
         workload = llama(rng.choice((1, 8, 64)), 128, **sizes, **settings)
-        budgets = Budgets(int(10 ** rng.uniform(7.5, 9.3)), int(10 ** rng.uniform(7.5, 9.3)))
         placement = rng.choice(("auto", "stream"))
+        budgets = Budgets(
+            int(10 ** rng.uniform(7.5, 9.3)), int(10 ** rng.uniform(7.5, 9.3)), disk=rng.choice((None, GIB))
+        )
+        if rng.random() < 0.4:  # room for everything but the state in RAM
+            streamed = MemoryModel(workload).ram_train(Decisions.streamed(workload))
+            disk = int(10 ** rng.uniform(7, 9))
+            budgets = Budgets(GIB, int(streamed * rng.uniform(0.5, 1)), disk=disk)
+            placement = "stream"
         wish = rng.choice(("auto", "auto", "keep", "recompute", "offload"))
         try:
             plan = solve(workload, SMALL_MACHINE, budgets, placement=placement, activations=wish)
@@ -149,11 +158,14 @@ def test_budgets_are_never_exceeded():
             continue
         solved += 1
         assert max(_used(plan, workload, budgets)) <= 0
+        assert plan.peaks["load"]["RAM"] <= budgets.ram
+        assert not set(plan.decisions.on_disk) & set(plan.decisions.resident)
+        on_disk += bool(plan.decisions.on_disk)
         assert all(left >= 0 for left in plan.left.values())
         assert placement == "auto" or plan.decisions.resident == ()
         assert wish == "auto" or set(plan.decisions.activations) == {wish}
         assert plan.prediction.step_s > 0
-    assert 25 < solved < 80
+    assert 40 < solved < 100 and on_disk > 10, (solved, on_disk)
 
 
 @pytest.mark.parametrize("settings", [{}, {"overlapped": True}], ids=["deferred", "overlapped"])
@@ -273,17 +285,164 @@ def test_units_of_different_sizes():
         assert plan.prediction.step_s <= best * (1 + 3 * TIE)
 
 
+# -- disk --------------------------------------------------------------------------------------------------------
+
+
+def test_disk_is_used_only_where_ram_is_short():
+    workload = llama(8)
+    for ram in (60, 91.5, 120):
+        without = solve(workload, H100, _h100_budgets(ram=ram))
+        assert solve(workload, H100, _h100_budgets(ram=ram, disk=1000)).decisions == without.decisions
+    for ram in (30, 40, 48):
+        with pytest.raises(PlanError):
+            solve(workload, H100, _h100_budgets(24, ram=ram))
+        plan = solve(workload, H100, _h100_budgets(24, ram=ram, disk=1000))
+        assert plan.decisions.on_disk and plan.prediction.bound_by == DISK
+    evaluation = dataclasses.replace(workload, training=False)
+    assert not solve(evaluation, H100, _h100_budgets(ram=80, disk=1000)).decisions.on_disk
+
+
+@pytest.mark.parametrize("settings", [{}, {"overlapped": True}, {"moments": EIGHT_BIT_MOMENTS}])
+def test_no_fewer_units_on_disk_would_do(settings):
+    workload = llama(8, **settings)
+    before = None
+    for ram in (48, 44, 40, 36):
+        budgets = _h100_budgets(24, ram=ram, disk=1000)
+        plan = solve(workload, H100, budgets, placement="stream")
+        memory, on_disk = MemoryModel(workload), plan.decisions.on_disk
+        if not on_disk:
+            assert before is None
+            continue
+        assert plan.decisions.disk_buffers == min(3, len(on_disk))
+        fewer = dataclasses.replace(plan.decisions, on_disk=on_disk[1:])
+        assert memory.ram_train(fewer) > budgets.ram >= memory.ram_train(plan.decisions)
+        assert before is None or len(on_disk) > before
+        before = len(on_disk)
+    assert before
+
+
+def test_two_buffers_serve_where_ram_is_too_small_for_three():
+    workload = llama(8)
+    streamed, memory = Decisions.streamed(workload), MemoryModel(workload)
+    three, two = (
+        memory.ram_train(dataclasses.replace(streamed, on_disk=tuple(range(32)), disk_buffers=buffers))
+        for buffers in (3, 2)
+    )
+    for ram, buffers in ((three, 3), (three - 1, 2), (two, 2)):
+        plan = solve(workload, H100, Budgets(24 * GIB, ram, disk=1000 * GIB), placement="stream")
+        assert plan.decisions.disk_buffers == buffers
+    with pytest.raises(PlanError, match=r"of RAM \(weights 13\.00 GiB, disk buffers 4\.06 GiB, gradients"):
+        solve(workload, H100, Budgets(24 * GIB, two - 1, disk=1000 * GIB), placement="stream")
+
+
+@pytest.mark.parametrize("settings", [{}, {"overlapped": True}])
+def test_units_on_disk_are_spread_and_no_other_choice_is_much_faster(settings):
+    workload, rng = llama(16, **settings), random.Random(8)
+    for rate in (2e9, 2e10, 6e10):
+        machine = dataclasses.replace(H100, disk_read=rate, disk_write=0.7 * rate)
+        for ram in (50, 60):
+            plan = solve(workload, machine, _h100_budgets(28, ram=ram, disk=1000), placement="stream")
+            chosen = plan.decisions.on_disk
+            gaps = [after - unit for unit, after in zip((-1, *chosen), chosen, strict=False)]
+            assert chosen[-1] == 31 and max(gaps) - min(gaps) <= 1
+            times, count = Durations.of(workload, machine), len(chosen)
+            others = [range(count), range(32 - count, 32), *(rng.sample(range(32), count) for _ in range(5))]
+            for other in others:
+                decisions = dataclasses.replace(plan.decisions, on_disk=tuple(sorted(other)))
+                assert plan.prediction.step_s <= 1.03 * step_seconds(times, decisions)
+
+
+def test_units_of_different_sizes_on_disk():
+    """A few large units between small ones: more buffers for a large one can cost more than it frees."""
+    rng = random.Random(9)
+    solved = 0
+    for _ in range(60):
+        layers = rng.randint(2, 9)
+        sizes = [rng.choice((512, 4096)) for _ in range(layers)]
+        workload = llama(8, 128, **SMALL | {"layers": layers})
+        layouts = tuple(llama(8, 128, **SMALL | {"layers": 1, "inner": inner}).layouts[0] for inner in sizes)
+        frozen = lay_out([spec("w", MIB, dtype=torch.float32, trainable=False)])
+        workload = dataclasses.replace(workload, layouts=(*layouts[:-1], frozen))
+        memory, streamed = MemoryModel(workload), Decisions.of(workload, rest="offload")
+        budgets = Budgets(GIB, int(memory.ram_train(streamed) * rng.uniform(0.5, 1)), disk=GIB)
+        try:
+            plan = solve(workload, SMALL_MACHINE, budgets, placement="stream")
+        except PlanError:
+            continue
+        solved += bool(plan.decisions.on_disk)
+        assert layers - 1 not in plan.decisions.on_disk  # it has nothing to put there
+        assert max(_used(plan, workload, budgets)) <= 0
+    assert solved > 8
+
+
+def test_nothing_known_of_batches_may_use_the_disk_too():
+    workload = dataclasses.replace(llama(8), profile=None)
+    plan = solve(workload, H100, _h100_budgets(ram=60, disk=1000))
+    assert plan.decisions.on_disk[-1] == 31 and plan.prediction is None and not plan.decisions.resident
+
+
+def test_a_disk_that_is_too_small_is_refused_with_what_is_needed():
+    budgets = _h100_budgets(24, ram=40, disk=20)
+    with pytest.raises(
+        PlanError, match=r"^The plan needs (.+) GiB of disk \(residuals and moments .+\); 20"
+    ) as caught:
+        solve(llama(8), H100, budgets)
+    message = str(caught.value)
+    assert "Raise nvme_memory" in message and "No setting" not in message
+    needed = float(re.match(r"The plan needs ([\d.]+) GiB", message)[1])
+    plan = solve(llama(8), H100, dataclasses.replace(budgets, disk=int((needed + 0.01) * GIB)))
+    assert 20 * GIB < plan.tier_bytes("disk") <= (needed + 0.01) * GIB
+    with pytest.raises(PlanError):
+        solve(llama(8), H100, dataclasses.replace(budgets, disk=int((needed - 0.01) * GIB)))
+    assert re.search(r"With optimizer_states='8bit' it needs [\d.]+ \w+ of disk, which fits\.", message)
+
+
+def test_a_disk_is_named_where_it_would_help():
+    with pytest.raises(PlanError) as caught:
+        solve(llama(8), H100, _h100_budgets(24, ram=40))
+    said = re.search(
+        r"With nvme_dir it needs ([\d.]+) GiB of RAM, which fits, and ([\d.]+) GiB of disk\.",
+        str(caught.value),
+    )
+    assert float(said[1]) <= 40
+    solve(llama(8), H100, _h100_budgets(24, ram=40, disk=float(said[2]) + 0.01))
+    with pytest.raises(PlanError, match=r"weights and gradients on disk are not available yet\.$"):
+        solve(llama(8), H100, _h100_budgets(24, ram=12))
+
+
+def test_rates_that_nobody_measured_are_marked():
+    budgets, unknown = _h100_budgets(24, ram=40, disk=1000), dataclasses.replace(H100, disk_read=None)
+    notes = solve(llama(8), unknown, budgets, notes=["first"]).notes
+    assert notes[0] == "first" and re.search(
+        r"^nobody measured the disk: 1\.61 GB/s reading and 2\.18 .* `slideformer probe --dir DIR`", notes[1]
+    )
+    for machine, allowed in ((H100, budgets), (unknown, _h100_budgets(disk=1000))):
+        assert not any("nobody measured the disk" in note for note in solve(llama(8), machine, allowed).notes)
+
+
+def test_it_is_quick_with_a_disk():
+    """As without one; the limit leaves room for a busy machine."""
+    workload = llama(8, layers=88, hidden=12288, inner=28672, vocabulary=32768)
+    start = time.process_time()
+    plan = solve(workload, H100, Budgets(78 * GIB, 900 * GIB, disk=2000 * GIB))
+    assert plan.decisions.on_disk and time.process_time() - start < 5
+
+
 # -- what to change ----------------------------------------------------------------------------------------------
 
-REMEDY = re.compile(r"With (.+?) it needs ([\d.]+) (GiB|MiB) of (GPU|RAM)(, which fits)?\.")
+REMEDY = re.compile(
+    r"With (.+?) it needs ([\d.]+) (GiB|MiB) of (GPU|RAM|disk)(, which fits)?(?:, and ([\d.]+ [GM]iB) of disk)?\."
+)
 
 
 def _with(label, workload):
     """The settings that a remedy names, applied as a user would."""
     wishes = {}
     for setting in label.split(" and "):
-        name, value = setting.split("=")
+        name, _, value = setting.partition("=")
         value = value.strip("'")
+        if name == "nvme_dir":
+            continue  # of the budgets
         if name == "optimizer_states":
             workload = dataclasses.replace(workload, moments=EIGHT_BIT_MOMENTS)
         elif name == "max_grad_norm":
@@ -298,7 +457,13 @@ def _with(label, workload):
     return workload, wishes
 
 
-TINY = SMALL | {"layers": 2}
+def _bytes(shown):
+    """The size that was shown, rounded up."""
+    number, unit = shown.split()
+    return int((float(number) + 0.006) * {"GiB": GIB, "MiB": MIB}[unit])
+
+
+TINY = SMALL | {"layers": 4}
 
 
 def _small_profile(batch_size):
@@ -308,14 +473,18 @@ def _small_profile(batch_size):
 def test_remedies_do_what_they_say():
     rng = random.Random(6)
     named, refused = set(), 0
-    for _ in range(80):
+    for _ in range(100):
         settings = rng.choice(({}, {"overlapped": True}, {"micro_batches": 2}))
         workload = llama(rng.choice((1, 16, 64)), 128, **TINY, **settings)
         wishes = {
             "placement": rng.choice(("auto", "stream")),
             "activations": rng.choice(("auto", "keep", "recompute")),
         }
-        budgets = Budgets(int(10 ** rng.uniform(7.3, 9)), int(10 ** rng.uniform(7.3, 9)))
+        budgets = Budgets(
+            int(10 ** rng.uniform(7.3, 9)),
+            int(10 ** rng.uniform(7.3, 9)),
+            disk=rng.choice((None, None, 10**5, 10**8)),
+        )
         try:
             solve(workload, SMALL_MACHINE, budgets, profile_for=_small_profile, **wishes)
         except PlanError as error:
@@ -325,20 +494,37 @@ def test_remedies_do_what_they_say():
         if message.startswith("Loading"):
             continue
         refused += 1
-        assert re.match(r"The plan needs [\d.]+ [GM]iB of (GPU|RAM) \(.+\); .* may be used", message)
+        lacks = re.match(r"The plan needs ([\d.]+ [GM]iB) of (GPU|RAM|disk) \(.+\); .* may be used", message)
+        assert lacks
         found = REMEDY.findall(message)
-        for label, _, _, _, fits in found:
+        for label in re.findall(r"With (.+?) it fits without a disk\.", message):
             variant, changed = _with(label, workload)
+            plan = solve(
+                variant, SMALL_MACHINE, dataclasses.replace(budgets, disk=None), **(wishes | changed)
+            )
+            named.add("no disk")
+        for label, _, _, _, fits, disk in found:
+            variant, changed = _with(label, workload)
+            allowed = budgets
+            if "nvme_dir" in label:
+                # What is shown is rounded.
+                allowed = dataclasses.replace(budgets, disk=_bytes(disk) if disk else 10**15)
+                assert bool(disk) == bool(fits)
             if fits:
-                solve(variant, SMALL_MACHINE, budgets, **(wishes | changed))
+                plan = solve(variant, SMALL_MACHINE, allowed, **(wishes | changed))
+                assert bool(disk) <= bool(plan.decisions.on_disk)
                 named |= set(label.split(" and "))
             else:
                 with pytest.raises(PlanError):
-                    solve(variant, SMALL_MACHINE, budgets, **(wishes | changed))
-        if not any(fits for *_, fits in found):
+                    solve(variant, SMALL_MACHINE, allowed, **(wishes | changed))
+        if lacks[2] == "disk":  # what it needs is enough
+            allowed = dataclasses.replace(budgets, disk=_bytes(lacks[1]))
+            assert solve(workload, SMALL_MACHINE, allowed, **wishes).decisions.on_disk
+            named.add("more disk")
+        elif not any(fits for *_, fits, _ in found):
             assert "No setting makes it fit" in message
             named.add("nothing")
-    assert refused > 20
+    assert refused > 30
     assert {re.sub(r"batch_size=\d+", "batch_size", name) for name in named} == {
         "nothing",
         "placement='auto'",
@@ -347,6 +533,9 @@ def test_remedies_do_what_they_say():
         "max_grad_norm=0",
         "gradient_accumulation_steps=1",
         "batch_size",
+        "nvme_dir",
+        "more disk",
+        "no disk",
     }
 
 

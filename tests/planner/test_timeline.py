@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
+from hf_slideformer.planner.presets import disk_rates
 from hf_slideformer.planner.timeline import (
     COMPUTE,
+    DISK,
     LAUNCH,
     LINK,
     UPDATE,
@@ -96,6 +98,8 @@ def _random_case(rng):
         cpu_adamw={"fp32": rate},
         cpu_adamw_loaded={"fp32": rate * rng.uniform(0.3, 1)},
         bf16_flops=785e12 * factor(),
+        disk_read=3e10 * factor(),
+        disk_write=3e10 * factor(),
     )
     decisions = Decisions.of(
         workload,
@@ -105,6 +109,10 @@ def _random_case(rng):
         slots=rng.randint(2, 4),
         outside_state=rng.choice(("GPU", "RAM")),
     )
+    streamed = range(len(decisions.resident), layers)
+    if rng.random() < 0.6:
+        on_disk = sorted(rng.sample(streamed, rng.randint(0, len(streamed))))
+        decisions = dataclasses.replace(decisions, on_disk=tuple(on_disk), disk_buffers=rng.randint(1, 3))
     return workload, hardware, decisions
 
 
@@ -125,7 +133,7 @@ def test_a_faster_machine_is_never_slower():
     for _ in range(150):
         workload, hardware, decisions = _random_case(rng)
         before = step_seconds(Durations.of(workload, hardware), decisions)
-        for speed in ("compute_speed", "link_speed", "update_speed", "launch_speed"):
+        for speed in ("compute_speed", "link_speed", "update_speed", "launch_speed", "disk_speed"):
             after = step_seconds(Durations.of(workload, hardware, **{speed: 2.0}), decisions)
             assert before / 2 * 0.98 <= after <= before * 1.02, (speed, decisions)
 
@@ -154,3 +162,49 @@ def test_fp32_models_compute_at_the_fp32_rate():
     plain = dataclasses.replace(workload, layouts=(layout, layout))
     ratio = Durations.of(plain, H100).forward[0] / Durations.of(workload, H100).forward[0]
     assert ratio == pytest.approx(H100.bf16_flops / H100.fp32_flops, rel=0.2)
+
+
+def _with_disk(workload, count, buffers=3):
+    units = len(workload.layouts)
+    return dataclasses.replace(
+        Decisions.streamed(workload), on_disk=tuple(range(units - count, units)), disk_buffers=buffers
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"overlapped": True}, {"micro_batches": 2}])
+def test_a_slow_disk_bounds_the_step(settings):
+    workload, slow = llama(8, **settings), dataclasses.replace(H100, disk_read=2e9, disk_write=1e9)
+    nbytes = 10 * workload.layouts[0].numel  # of each unit's residuals and moments
+    for count in (8, 16, 32):
+        prediction = predict(workload, slow, _with_disk(workload, count))
+        seconds = count * (nbytes / 2e9 + nbytes / 1e9)
+        assert prediction.bound_by == DISK
+        assert prediction.busy_s[DISK] == pytest.approx(seconds, rel=1e-4)
+        # No longer than all of the disk's work, and everything that cannot overlap with it.
+        rest = prediction.busy_s[COMPUTE] + prediction.busy_s[UPDATE]
+        assert seconds * 0.999 <= prediction.step_s <= seconds + rest
+        assert prediction.waits_s[DISK] > 0.9 * (prediction.step_s - rest)
+
+
+def test_a_fast_disk_costs_little():
+    workload, quick = llama(16), dataclasses.replace(H100, disk_read=1e12, disk_write=1e12)
+    in_ram, on_disk = (predict(workload, quick, _with_disk(workload, count)) for count in (0, 32))
+    assert on_disk.step_s <= 1.02 * in_ram.step_s and on_disk.waits_s[DISK] < 0.02 * in_ram.step_s
+    assert in_ram.busy_s[DISK] == in_ram.waits_s[DISK] == 0
+
+
+def test_more_buffers_let_reads_run_ahead():
+    workload, even = llama(8), dataclasses.replace(H100, disk_read=6e10, disk_write=6e10)
+    times = Durations.of(workload, even)
+    seconds = [step_seconds(times, _with_disk(workload, 32, buffers)) for buffers in (1, 2, 3)]
+    assert seconds[0] > 1.1 * seconds[1] >= 1.1 * seconds[2]
+
+
+def test_a_disk_that_nobody_measured_is_assumed():
+    workload = llama(8)
+    unknown = dataclasses.replace(H100, disk_read=None, disk_write=None)
+    read, write = disk_rates(unknown)
+    known = dataclasses.replace(H100, disk_read=read, disk_write=write)
+    assert predict(workload, unknown, _with_disk(workload, 4)) == predict(
+        workload, known, _with_disk(workload, 4)
+    )

@@ -180,7 +180,7 @@ SETTINGS = {
     "activations": ({"activations": "drop"}, "'drop'", "'keep', 'recompute', 'offload'"),
     "seq_len": ({"seq_len": 0}, "seq_len must be a positive integer", "got 0"),
     "vertical": ({"accumulation": "vertical"}, "not available yet", "accumulation='horizontal'"),
-    "nvme": ({"nvme_dir": "/nowhere"}, "not available yet", "remove nvme_dir"),
+    "nvme": ({"nvme_memory": "1TB"}, "there is no nvme_dir", "name a directory"),
     "overlapped_clipping": ({"update": "overlapped"}, "max_grad_norm=1.0", "use update='auto'"),
 }
 

@@ -1,0 +1,246 @@
+"""Optimizer state on disk gives the bits of state in RAM, and a disk that fails stops training."""
+
+import errno
+import functools
+import os
+import random
+
+import pytest
+import torch
+
+from hf_slideformer import SlideConfig
+from hf_slideformer.errors import DiskError, PlanError, StateError, TransferError
+from hf_slideformer.memory import disk
+
+from .loop import (
+    all_tensors,
+    assert_same_bits,
+    assert_same_state,
+    batches,
+    decide,
+    prepare,
+    step,
+    tiny_llama,
+    train,
+)
+
+ALL = range(6)
+PLACEMENTS = {
+    "everything": decide(on_disk=ALL),
+    "every other unit": decide(on_disk=(0, 2, 4), disk_buffers=2),
+    "the last ones": decide(on_disk=(4, 5)),
+    "beside residents": decide(resident=(0, 1), keep=(5,), on_disk=(2, 3, 4, 5), disk_buffers=2),
+    "one buffer": decide(on_disk=ALL, disk_buffers=1),
+    "offloaded activations": decide(offload=ALL, on_disk=ALL, slots=2, outside_state="RAM"),
+}
+
+
+def _prepare(
+    tmp_path, decisions, dtype=torch.bfloat16, *, accumulates=False, delays=None, seed=0, **settings
+):
+    config = SlideConfig(nvme_dir=str(tmp_path), **settings)
+    return prepare(
+        tiny_llama(dtype, attention_dropout=0.1, seed=seed),
+        config=config,
+        accumulates=accumulates,
+        decisions=decisions,
+        delays=delays,
+    )
+
+
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 masters"])
+def test_twenty_steps_from_disk(tmp_path, dtype, states):
+    runs = [
+        train(_prepare(tmp_path, decisions, dtype, optimizer_states=states), 20, max_norm=0.5)
+        for decisions in (decide(), decide(on_disk=ALL))
+    ]
+    assert runs[1].engine.disk_bytes > 0
+    assert min(runs[0].norms) > 0.5, "the test must clip"
+    assert_same_bits(*runs)
+
+
+@pytest.fixture(scope="module")
+def in_ram(tmp_path_factory):
+    """Runs with all state in RAM, made when first asked for."""
+
+    @functools.cache
+    def run(micro_batches, steps, update="deferred"):
+        return _run(tmp_path_factory.mktemp("disk"), decide(), micro_batches, steps, update)
+
+    return run
+
+
+def _run(path, decisions, micro_batches, steps, update, delays=None):
+    return train(
+        _prepare(path, decisions, accumulates=micro_batches > 1, update=update, delays=delays),
+        steps,
+        micro_batches=micro_batches,
+        max_norm=None if update == "overlapped" else 0.5,
+    )
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_disk_changes_no_bit(tmp_path, in_ram, placement, micro_batches):
+    run = _run(tmp_path, PLACEMENTS[placement], micro_batches, 6, "deferred")
+    assert_same_bits(run, in_ram(micro_batches, 6))
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_overlapped_updates(tmp_path, in_ram, placement):
+    run = _run(tmp_path, PLACEMENTS[placement], 1, 6, "overlapped")
+    assert_same_bits(run, in_ram(1, 6, "overlapped"))
+
+
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+@pytest.mark.parametrize("placement", ["everything", "every other unit", "one buffer"])
+def test_a_slow_disk_changes_no_bit(tmp_path, in_ram, placement, update):
+    source = random.Random(0)
+
+    def jitter(_label):
+        return source.choice((0.0, 0.002, 0.01))
+
+    delays = dict.fromkeys(("h2d", "d2h", "update", "disk"), jitter)
+    run = _run(tmp_path, PLACEMENTS[placement], 1, 6, update, delays)
+    assert_same_bits(run, in_ram(1, 6, update))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 masters"])
+def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype):
+    on_disk = train(_prepare(tmp_path, PLACEMENTS["everything"], dtype), 3, max_norm=0.5)
+    saved = on_disk.optimizer.state_dict()
+    weights = on_disk.engine.state_dict_as_loaded(on_disk.model) or on_disk.model.state_dict()
+    weights = {name: value.clone() for name, value in weights.items()}
+    in_ram = _prepare(tmp_path, decide(), dtype, seed=1)
+    back = _prepare(tmp_path, PLACEMENTS["every other unit"], dtype, seed=2)
+    for run in (in_ram, back):
+        run.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(saved)
+        assert all_tensors(run.engine).keys() == all_tensors(on_disk.engine).keys()
+        for name, tensors in all_tensors(on_disk.engine).items():
+            assert_same_state(tensors, all_tensors(run.engine)[name], name)
+    torch.manual_seed(0)
+    data = batches(2, seed=11)
+    for run in (on_disk, in_ram, back):
+        run.losses.clear()
+        run.norms.clear()
+        for tokens in data:
+            torch.manual_seed(3)  # dropout
+            step(run, [tokens], max_norm=0.5)
+        run.engine.synchronize()
+    assert_same_bits(on_disk, in_ram)
+    assert_same_bits(on_disk, back)
+
+
+@pytest.mark.parametrize("how", ["copy_", "data"])
+def test_writes_from_outside_clear_the_residual_on_disk(tmp_path, how):
+    runs = []
+    for decisions in (decide(), decide(on_disk=ALL)):
+        run = train(_prepare(tmp_path, decisions, torch.float32), 2, max_norm=0.5)
+        runs.append(run)
+        weight = run.model.model.layers[2].mlp.up_proj.weight
+        with torch.no_grad():
+            if how == "copy_":
+                weight.copy_(torch.full_like(weight, 0.25))
+            else:
+                weight.data.copy_(torch.full_like(weight, 0.25))
+                run.engine.weights_changed([weight])
+        train(run, 2, max_norm=0.5, seed=3)
+    assert_same_bits(*runs)
+
+
+def test_a_second_optimizer_starts_from_zero(tmp_path):
+    run = train(_prepare(tmp_path, decide(on_disk=ALL)), 2, max_norm=0.5)
+    second = type(run.optimizer)(run.model.parameters(), lr=1e-3)
+    run.engine.attach_optimizer(second)
+    for entry in second.state_dict()["state"].values():
+        assert entry["step"] == 0
+        assert not entry["exp_avg"].any() and not entry["exp_avg_sq"].any()
+
+
+def test_bytes_are_counted_and_nothing_is_left(tmp_path):
+    run = train(_prepare(tmp_path, decide(on_disk=(1, 2))), 3, max_norm=0.5)
+    layout = run.engine._blueprint.layouts[1]
+    state = 10 * layout.state_numel
+    assert 2 * state <= run.engine.disk_bytes <= 2 * (state + 3 * 4096)
+    assert (
+        run.engine.host_bytes
+        < train(_prepare(tmp_path, decide()), 1, max_norm=0.5).engine.host_bytes + 2 * state
+    )
+    totals = run.engine.metrics.totals()
+    assert totals["disk_read_bytes"] >= 3 * run.engine.disk_bytes
+    assert totals["disk_write_bytes"] >= 3 * run.engine.disk_bytes
+    run.engine.close()
+    assert os.listdir(tmp_path) == []
+
+
+class _FailingOps(disk.FileOps):
+    """Fails the n-th read or write of more than a page (a check of the directory comes first)."""
+
+    def __init__(self, kind, number, error):
+        self._kind, self._left, self._error = kind, number, error
+
+    def _maybe_fail(self, kind, view):
+        if kind == self._kind and len(view) > 4096:
+            self._left -= 1
+            if self._left == 0:
+                if self._error is None:
+                    return 0  # a short transfer
+                raise OSError(self._error, os.strerror(self._error))
+        return None
+
+    def preadv(self, fd, view, offset):
+        failed = self._maybe_fail("read", view)
+        return super().preadv(fd, view, offset) if failed is None else failed
+
+    def pwritev(self, fd, view, offset):
+        failed = self._maybe_fail("write", view)
+        return super().pwritev(fd, view, offset) if failed is None else failed
+
+
+def _chain(error):
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, None])
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_a_failing_disk_ends_training_with_its_name(tmp_path, monkeypatch, kind, error, update):
+    ops = _FailingOps(kind, 6 + 3 * 6 + 4, error)  # six to set up, then the fourth unit of the fourth step
+    monkeypatch.setattr(disk, "FileOps", lambda: ops)
+    run = _prepare(tmp_path, decide(on_disk=ALL), update=update)
+    data = batches(8)
+
+    def steps():
+        for tokens in data:
+            step(run, [tokens], max_norm=None if update == "overlapped" else 0.5)
+        run.engine.synchronize()
+
+    with pytest.raises((StateError, TransferError)) as caught:
+        steps()
+    cause = next(error for error in _chain(caught.value) if isinstance(error, DiskError))
+    assert cause.errno == error and "unit-0000" in str(cause) and str(tmp_path) in str(cause)
+    assert 3 <= len(run.losses) <= 5, "found at the next wait, not at the end"
+    with pytest.raises(StateError, match="resume from the last checkpoint"):
+        run.optimizer.step()
+    with pytest.raises((StateError, TransferError)):
+        step(run, [data[0]], max_norm=None)
+    run.engine.close()
+    assert os.listdir(tmp_path) == []
+
+
+def test_too_little_space_is_refused_before_the_start(tmp_path, monkeypatch):
+    class Full(disk.FileOps):
+        def free_bytes(self, path):
+            return 100_000
+
+    model = tiny_llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(disk, "FileOps", Full)
+    with pytest.raises((DiskError, PlanError), match="100000|0.10 MiB|97.7 KiB|0.00 GiB"):
+        prepare(model, config=SlideConfig(nvme_dir=str(tmp_path)), decisions=decide(on_disk=ALL))
+    assert_same_state(model.state_dict(), before)
+    assert os.listdir(tmp_path) == []

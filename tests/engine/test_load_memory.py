@@ -1,0 +1,88 @@
+"""RAM while a saved model is loaded and moved to its place: at most the plan, never a second copy."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+MIB = 2**20
+
+# Runs in a process of its own, whose memory nothing else has touched. Anonymous memory is what counts: pages of the
+# checkpoint's files are the page cache's.
+SCRIPT = """
+    import json, sys, threading, time
+    import torch
+    from transformers import AutoModelForCausalLM
+    from hf_slideformer import SlideAdamW, SlideConfig
+    from hf_slideformer.engine.engine import SlideEngine
+
+    def anonymous():
+        for line in open("/proc/self/status"):
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+
+    source, settings, dtype = sys.argv[1], json.loads(sys.argv[2]), getattr(torch, sys.argv[3])
+    torch.ones(1).add_(1)
+    before, peak, done = anonymous(), 0, threading.Event()
+
+    def watch():
+        global peak
+        while not done.is_set():
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    loaded = anonymous() - before
+    engine = SlideEngine(model, device=torch.device("cpu"), bf16=True, config=SlideConfig(**settings))
+    done.set()
+    watcher.join()
+    print(json.dumps({
+        "peak": peak - before, "loaded": loaded, "after": anonymous() - before,
+        "planned": engine.plan.peaks["load"], "train": engine.plan.peaks["train"], "disk": engine.disk_bytes,
+    }))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """256 MiB of bf16 weights in shards of 64 MB, most of them in units."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="64MB")
+    return path
+
+
+def _measure(checkpoint, settings, dtype):
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(checkpoint), json.dumps(settings), dtype],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_what_is_planned(checkpoint, dtype):
+    found = _measure(checkpoint, {}, dtype)
+    weights = 8 * (4 * 1024 * 1024 + 3 * 1024 * 4096) * 2
+    planned = found["planned"]["RAM"] + found["planned"]["GPU"]
+    assert found["peak"] <= planned + 32 * MIB, found
+    assert found["peak"] >= weights, "the weights are there"
+    if dtype == "bfloat16":
+        assert found["loaded"] < weights / 4, "weights stayed in their files until they were moved"
