@@ -20,6 +20,7 @@ import gc
 import inspect
 import logging
 import math
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -127,6 +128,7 @@ class SlideEngine:
         self._steps = 0
         self._overlapped_hyperparams: dict[int, Hyperparams] = {}
         self._group_of: dict[int, int] = {}
+        self._state_is_open = False
         self._loading: dict[int, torch.Tensor] = {}
         self._load_root: nn.Module | None = None
 
@@ -159,7 +161,12 @@ class SlideEngine:
         self._state_of: dict[int, ParamState] = {}
         use_expandable_segments(device)
         self._disk = self._open_disk(blueprint, decisions)
-        units = self._move(model, blueprint, decisions)
+        try:
+            units = self._move(model, blueprint, decisions)
+        except BaseException:
+            if self._disk is not None:
+                self._disk.close()
+            raise
         if device.type == "cuda":
             torch.cuda.empty_cache()  # weights that were there before left gaps of other sizes
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
@@ -212,7 +219,7 @@ class SlideEngine:
         specs = blueprint.specs
         order = {id(param): index for index, (_, param) in enumerate(model.named_parameters())}
         units = []
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as lent:
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
                 streamed = index not in decisions.resident
                 layout = layout if streamed else lay_out([])
@@ -225,6 +232,7 @@ class SlideEngine:
                 if loan is not None:
                     loan.ready.wait_host()
                     memory.attach(loan.buffer, self._disk_layouts[index], blueprint.moments)
+                    lent.callback(loan.give_back, write=True)
                 own = {id(p) for p in unit.parameters.values()} if streamed else set()
                 by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
                 states, owners = [], []
@@ -245,7 +253,7 @@ class SlideEngine:
                     for state in states:
                         state.detach()
                     memory.detach()
-                    loan.give_back(write=True)
+                lent.close()
                 return_freed_memory()
                 policy = decisions.activations[index]
                 units.append(
@@ -312,6 +320,12 @@ class SlideEngine:
         """Files for the optimizer state of units that the plan puts on disk."""
         if not decisions.on_disk:
             return None
+        streamed = set(range(len(blueprint.layouts))) - set(decisions.resident)
+        if decisions.disk_buffers < 1 or not streamed.issuperset(decisions.on_disk):
+            raise PlanError(
+                f"state of units {decisions.on_disk} on disk with {decisions.disk_buffers} buffers: there must be a "
+                f"buffer, and only units that stream ({sorted(streamed)}) may be there"
+            )
         store = DiskStore(self.config.nvme_dirs, metrics=self.metrics, delay_s=self._delays.get("disk"))
         self._disk_layouts = {
             unit: lay_out_on_disk(blueprint.layouts[unit], blueprint.moments) for unit in decisions.on_disk
@@ -706,6 +720,8 @@ class SlideEngine:
         state.version = state.param._version
 
     def _enqueue_update(self, unit: Unit) -> None:
+        if unit.pending_update is not None:
+            unit.pending_update.wait_host()  # a second step without a forward: that update still reads its gradients
         # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
         grads = {s.order: s.param.grad for s in unit.states if s.param.grad is not None}
         states = [state for state in unit.states if state.order in grads and state.order in self._group_of]
@@ -725,14 +741,19 @@ class SlideEngine:
                     place.copy_(grads[state.order])
 
         self.metrics.add("updated_params", sum(state.spec.numel for state in states))
+        priority = self._place_in_forward(unit)
         update = self._unit_update(unit, runs, fp32=unit.memory.grads_fp32)
-        unit.pending_update = self._worker.submit(
-            f"update of {unit.name}",
-            lambda: update.run(buffer),
-            priority=self._place_in_forward(unit),
-            after=update.after,
-            dropped=update.drop,
-        )
+        try:
+            unit.pending_update = self._worker.submit(
+                f"update of {unit.name}",
+                lambda: update.run(buffer),
+                priority=priority,
+                after=update.after,
+                dropped=update.drop,
+            )
+        except BaseException:
+            update.drop()
+            raise
 
     def _unit_update(self, unit: Unit, runs: Sequence[UpdateRun], *, fp32: bool) -> UnitUpdate:
         """The worker's part of a unit's update; state that lives on disk is on its way from now on."""
@@ -808,13 +829,21 @@ class SlideEngine:
         if unit is None or self._disk is None or unit not in self._disk:
             yield
             return
+        if self._state_is_open:
+            raise StateError(
+                "state_in_memory inside of state_in_memory; end the first block before the second"
+            )
         self.synchronize()
+        for state in self.executor.units[unit].states:
+            state.check_outside_write()  # while it is on disk: what this clears stays cleared there
         loan = self._disk.borrow(unit)
+        self._state_is_open = True
         try:
             loan.ready.wait_host()
             with self._attached(self.executor.units[unit], loan, changes=write):
                 yield
         finally:
+            self._state_is_open = False
             loan.give_back(write=write)
 
     def state_loaded(self) -> None:
@@ -882,10 +911,11 @@ class SlideEngine:
         for unit in self._streamed:
             if unit.pending_update is not None:
                 settle(unit.pending_update)
-                if self.overlapped and unit.pending_update.failed:
+                if not unit.pending_update.failed:
+                    unit.pending_update = None
+                elif self.overlapped:
                     # Its gradients never arrived, while other units were updated.
                     self._broken = self._broken or StateError(f"{unit.name} missed an overlapped update")
-                unit.pending_update = None
         for state in self.states:
             state.param.grad = None
         self._clipped.clear()
@@ -937,10 +967,10 @@ class SlideEngine:
         result = model.state_dict()
         joined: dict[int, torch.Tensor] = {}  # by address of the live tensor
         for states in self.states_by_unit():
-            with self.state_in_memory(states):
-                for state in states:
-                    if state.spec.source_dtype != state.spec.dtype:
-                        joined[state.live.data_ptr()] = state.read_master()
+            halves = [state for state in states if state.spec.source_dtype != state.spec.dtype]
+            with self.state_in_memory(halves):
+                for state in halves:
+                    joined[state.live.data_ptr()] = state.read_master()
         return {name: joined.get(value.data_ptr(), value) for name, value in result.items()}
 
     @property
@@ -1011,6 +1041,12 @@ class SlideEngine:
 def _close(
     lanes: list[Lane], worker: UpdateWorker, disk: DiskState | None, gradient_hooks: list[RemovableHandle]
 ) -> None:
+    if threading.current_thread().name.startswith("slideformer-"):
+        # A garbage collection found the engine in one of its own threads, which this would wait for.
+        threading.Thread(
+            target=_close, args=(lanes, worker, disk, gradient_hooks), name="closing-slideformer"
+        ).start()
+        return
     for hook in gradient_hooks:
         hook.remove()
     for lane in lanes:

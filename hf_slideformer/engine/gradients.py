@@ -245,14 +245,18 @@ class Gradients:
                 with self._staging.returned(staged):
                     pass
 
-        self._pool.invalidate_unit(unit.index)
-        unit.pending_update = self._worker.submit(
-            f"update of {unit.name}",
-            update,
-            priority=self._place(unit),
-            after=(handle, *unit_update.after),
-            dropped=drop,
-        )
+        try:
+            self._pool.invalidate_unit(unit.index)
+            unit.pending_update = self._worker.submit(
+                f"update of {unit.name}",
+                update,
+                priority=self._place(unit),
+                after=(handle, *unit_update.after),
+                dropped=drop,
+            )
+        except BaseException:
+            unit_update.drop()
+            raise
         return handle
 
     def _copy(
@@ -369,7 +373,8 @@ class Gradients:
 
 def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
     """Set `p.grad`, of another dtype than the parameter where it is an fp32 sum."""
-    if grad.dtype != state.param.dtype:
+    allowed = getattr(state.param, "grad_dtype", state.param.dtype)
+    if grad.dtype != allowed:
         if not hasattr(state.param, "grad_dtype"):
             raise StateError(
                 f"a second gradient for {state.name} needs an fp32 sum, for which bf16 weights need torch >= 2.10; "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from ..errors import StateError
 from .disk import DiskFile, DiskStore
 from .layout import DiskLayout
 from .pinned import HostBuffer
@@ -68,17 +69,21 @@ class DiskState:
     ) -> None:
         self._store = store
         self._on_failure = on_failure
-        self._files: dict[int, DiskFile] = {
-            unit: store.create(f"unit-{unit:05d}", layout.nbytes)
-            for unit, layout in layouts.items()
-            if layout.nbytes
-        }
+        try:
+            self._files: dict[int, DiskFile] = {
+                unit: store.create(f"unit-{unit:05d}", layout.nbytes)
+                for unit, layout in layouts.items()
+                if layout.nbytes
+            }
+        except BaseException:
+            store.close()
+            raise
         # The last write of each unit's file.
         self._written: dict[int, Handle] = {unit: Handle.done() for unit in self._files}
         size = max((layout.nbytes for layout in layouts.values()), default=0)
         self._buffers = [HostBuffer(size) for _ in range(buffers if self._files else 0)]
-        # Buffers that nobody uses, with the write that has to end before they are filled again.
-        self._free: queue.SimpleQueue[tuple[HostBuffer, Handle]] = queue.SimpleQueue()
+        # Buffers that nobody uses, with the write that has to end before they are filled again; None at the end.
+        self._free: queue.SimpleQueue[tuple[HostBuffer, Handle] | None] = queue.SimpleQueue()
         for buffer in self._buffers:
             self._free.put((buffer, Handle.done()))
         # On the CPU a lane does its work itself, one piece after the other.
@@ -102,7 +107,11 @@ class DiskState:
         loan = Loan(self, unit)
 
         def fetch() -> None:
-            buffer, write = self._free.get()
+            taken = self._free.get()
+            if taken is None:
+                self._free.put(None)  # for the next one
+                raise StateError("the engine was closed; prepare the model again")
+            buffer, write = taken
             try:
                 write.wait_host()
                 self._written[unit].wait_host()
@@ -138,17 +147,9 @@ class DiskState:
         self._written[loan.unit] = written
         self._free.put((buffer, written))
 
-    def synchronize(self) -> None:
-        """Block until everything that was given back is on disk.
-
-        Raises:
-            TransferError: a write failed; the cause is chained.
-        """
-        for written in self._written.values():
-            written.wait_host()
-
     def close(self) -> None:
-        """Finish what was asked for and let go of the files. All loans must have been given back."""
+        """Finish what was asked for and let go of the files; requests that still wait for a buffer fail."""
+        self._free.put(None)
         self._reads.close()
         self._writes.close()
         self._store.close()

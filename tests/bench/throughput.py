@@ -232,8 +232,6 @@ RESULT_KEYS = (
 )
 
 
-
-
 def row_config(args: argparse.Namespace, batch_size: int) -> dict:
     """Return what was asked for, without what does not bear on the result."""
     left_out = ("batch_sizes", "out", "commit", "isolate", "trace")

@@ -2,8 +2,12 @@
 
 import errno
 import functools
+import gc
 import os
 import random
+import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -244,3 +248,126 @@ def test_too_little_space_is_refused_before_the_start(tmp_path, monkeypatch):
         prepare(model, config=SlideConfig(nvme_dir=str(tmp_path)), decisions=decide(on_disk=ALL))
     assert_same_state(model.state_dict(), before)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("read", ["optimizer", "model"])
+def test_a_residual_that_was_cleared_stays_cleared_when_only_read(tmp_path, read):
+    runs = []
+    for decisions in (decide(), decide(on_disk=ALL)):
+        run = train(_prepare(tmp_path, decisions, torch.float32), 3, max_norm=0.5)
+        with torch.no_grad():
+            weight = run.model.model.layers[2].mlp.up_proj.weight
+            weight.copy_(torch.full_like(weight, 0.25))
+        run.optimizer.state_dict() if read == "optimizer" else run.engine.state_dict_as_loaded(run.model)
+        residual = all_tensors(run.engine)["model.layers.2.mlp.up_proj.weight"]["residual"]
+        assert not residual.any()
+        runs.append(train(run, 2, max_norm=0.5, seed=3))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("on_disk", [(), ALL])
+def test_two_steps_without_a_forward_between_them(tmp_path, on_disk):
+    def run(decisions, delays, *, waits):
+        found = _prepare(tmp_path, decisions, delays=delays)
+        generator = torch.Generator().manual_seed(1)
+        for number in range(3):
+            for index, param in enumerate(found.model.parameters()):
+                if index % 2 == number % 2:
+                    param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            found.optimizer.step()
+            found.optimizer.zero_grad()
+            if waits:
+                found.engine.synchronize()
+        found.engine.synchronize()
+        return found
+
+    slow = {"update": lambda _: 0.01, "disk": lambda _: 0.002}
+    assert_same_bits(run(decide(on_disk=on_disk), slow, waits=False), run(decide(), None, waits=True))
+
+
+def test_an_engine_that_its_own_thread_collects_ends_its_threads(tmp_path):
+    collects = threading.Event()
+
+    def delay(label):
+        if collects.is_set() and "write" in label:
+            gc.collect()
+        return 0.02
+
+    def run():
+        found = _prepare(tmp_path, decide(on_disk=ALL), delays={"disk": delay})
+        for tokens in batches(2):
+            step(found, [tokens], max_norm=0.5)
+        found.engine.synchronize()
+        collects.set()
+        return weakref.ref(found.engine)
+
+    before = threading.active_count()
+    gc.disable()
+    try:
+        engine = run()
+        deadline = time.monotonic() + 30
+        while (engine() is not None or threading.active_count() > before) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        gc.enable()
+    assert engine() is None and threading.active_count() <= before
+
+
+@pytest.mark.parametrize("failing", ["create", "read"])
+def test_a_constructor_that_fails_leaves_no_file_and_no_thread(tmp_path, monkeypatch, failing):
+    class Failing(disk.FileOps):
+        calls = 0
+
+        def fallocate(self, fd, nbytes):
+            self.calls += failing == "create"
+            if self.calls == 4:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().fallocate(fd, nbytes)
+
+        def preadv(self, fd, view, offset):
+            self.calls += failing == "read" and len(view) > 4096
+            if self.calls == 4:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().preadv(fd, view, offset)
+
+    ops = Failing()
+    monkeypatch.setattr(disk, "FileOps", lambda: ops)
+    before = threading.active_count()
+    with pytest.raises((DiskError, TransferError)):  # the traceback is held meanwhile
+        _prepare(tmp_path, decide(on_disk=ALL))
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+    assert not any("(deleted)" in os.readlink(f"/proc/self/fd/{fd}") for fd in _open_files(tmp_path))
+
+
+def _open_files(path):
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith(str(path)):
+                yield fd
+        except OSError:  # the listing's own
+            continue
+
+
+@pytest.mark.parametrize(
+    "decisions", [decide(on_disk=(1,), disk_buffers=0), decide(resident=(0, 1), on_disk=(1, 2))]
+)
+def test_decisions_that_cannot_be_followed_are_refused(tmp_path, decisions):
+    with pytest.raises(PlanError, match="on disk with"):
+        _prepare(tmp_path, decisions)
+
+
+def test_one_block_at_a_time(tmp_path):
+    engine = _prepare(tmp_path, decide(on_disk=ALL, disk_buffers=1)).engine
+    first, second, *_ = engine.states_by_unit()
+    with (
+        engine.state_in_memory(first),
+        pytest.raises(StateError, match="inside of state_in_memory"),
+        engine.state_in_memory(second),
+    ):
+        pass
+    with engine.state_in_memory(second):
+        assert second[0].moments["exp_avg"].shape == second[0].spec.shape
+    assert second[0].moments == {}

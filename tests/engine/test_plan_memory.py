@@ -97,6 +97,22 @@ def test_ram_is_planned(placement):
     )
 
 
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+def test_ram_and_disk_are_planned_with_state_on_disk(tmp_path, states, update):
+    run = prepare(
+        tiny_llama(**SHAPE),
+        config=SlideConfig(gpu_memory="1GiB", nvme_dir=str(tmp_path), optimizer_states=states, update=update),
+        shape=BatchShape(BATCH, SEQ, "of the test"),
+        decisions=decide(on_disk=(1, 3, 5), disk_buffers=2, staging_buffers=int(update == "overlapped")),
+    )
+    train(run, 2, batch=BATCH, seq=SEQ, max_norm=None if update == "overlapped" else 0.5)
+    planned = run.engine.plan.peaks["train"]
+    slack = 4096 * len(ALL)
+    assert run.engine.host_bytes - slack <= planned["RAM"] <= 1.03 * run.engine.host_bytes + slack
+    assert run.engine.disk_bytes == planned["disk"] > 0
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_peak_is_planned_on_gpu(placement, deterministic):
