@@ -22,12 +22,12 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVAL
 # Tests of one file stay in one process, which shares what they set up.
 PARALLEL := -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-gpu test-oldest bench docs check format clean FORCE
+.PHONY: help demo test test-gpu test-oldest kill-test bench docs check format clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
-	@echo "Others: test-gpu, test-oldest, bench, docs, check, format, clean. ARGS=... is handed on."
+	@echo "Others: test-gpu, test-oldest, kill-test, bench, docs, check, format, clean. ARGS=... is handed on."
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -46,6 +46,10 @@ SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_r
 	tests/kernels/test_cross_entropy.py::test_all_kernels_compile_for_all_targets
 test-oldest: $(OLDEST)/.test
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(PARALLEL) $(wildcard tests/parity) $(SMOKE) $(ARGS)
+
+# Kills training 200 times, at random instants, and compares the end of each resumed run with an uninterrupted one.
+kill-test: $(VENV)/.test
+	$(OFFLINE) $(BIN)/python tests/checkpoint/kill.py $(ARGS)
 
 bench: $(VENV)/.test $(VENV)/.gpu
 	$(OFFLINE) $(BIN)/python tests/bench/throughput.py --out outputs/throughput.jsonl $(ARGS)

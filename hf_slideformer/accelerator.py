@@ -6,18 +6,34 @@ Accelerate's own.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from .checkpoint import save_exactly
+from .checkpoint import (
+    OPTIMIZER_FOLDER,
+    FileOps,
+    SavedCheckpoint,
+    SavedOptimizer,
+    SavedWeights,
+    Writer,
+    live_layout,
+    remove_manifest,
+    save_exactly,
+    save_optimizer,
+    save_weights,
+    write_manifest,
+)
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.engine import SlideEngine, engine_of
 from .engine.planning import plans_activations
-from .errors import UnsupportedModelError
+from .errors import CheckpointError, UnsupportedModelError
 from .optim import SlideAdamW
 
 
@@ -154,8 +170,129 @@ class SlideAccelerator(Accelerator):
     def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
         """The state dict in the dtypes the weights came in."""
         engine = engine_of(model)
+        if engine is not None and self._slide_streams_weights:
+            return {}  # `_save_streamed` writes them
         state = engine.state_dict_as_loaded(model) if engine is not None else None
         return super().get_state_dict(model, unwrap=unwrap) if state is None else state
+
+    # -- saving and loading everything -----------------------------------------------------------------------
+
+    _slide_streams_weights = False
+    _optimizers: list[Any]
+
+    def save_state(
+        self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
+    ) -> Any:
+        """As in Accelerate; weights and optimizer state are written from where they live, with checksums.
+
+        The optimizer's state is a folder `optimizer` (`optimizer_1`, ...) instead of a file; docs/checkpoints.md.
+
+        Raises:
+            DiskError: a file cannot be written. The directory is refused by `load_state` then.
+        """
+        if not self._slide_owns_everything() or not safe_serialization:
+            return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+        writer = Writer()
+        directories: list[Path] = []
+
+        def save(models: list, weights: list, directory: str) -> None:
+            weights.clear()
+            directories.append(Path(directory))
+            remove_manifest(Path(directory), writer)
+            for index, model in enumerate(models):
+                engine = engine_of(model)
+                assert engine is not None
+                save_weights(model, engine, Path(directory) / f"model{_ending(index)}.safetensors", writer)
+            for index, optimizer in enumerate(optimizers):
+                engine = self._slide_engine_of(optimizer.optimizer)
+                folder = Path(directory) / f"{OPTIMIZER_FOLDER}{_ending(index)}"
+                save_optimizer(engine, optimizer.optimizer, folder, writer)
+
+        hook = self.register_save_state_pre_hook(save)
+        with self._slide_state_is_ours() as optimizers:
+            try:
+                result = super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
+            finally:
+                hook.remove()
+        write_manifest(directories[0], writer)
+        return result
+
+    def load_state(
+        self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
+    ) -> None:
+        """As in Accelerate; also what plain Accelerate has saved.
+
+        Raises:
+            CheckpointError: files are missing, damaged, or those of another model.
+        """
+        if not self._slide_owns_everything():
+            super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+            return
+
+        def load(models: list, directory: str) -> None:
+            path = Path(directory)
+            if not SavedCheckpoint.exists(path):
+                if SavedOptimizer.exists(path):
+                    raise CheckpointError(
+                        f"{path} is not whole: saving into it was interrupted; load another state"
+                    )
+                self._optimizers.extend(optimizers)  # Accelerate has taken this list already
+                return
+            saved = SavedCheckpoint(path, FileOps())
+            saved.check_files(name for name in saved.records if not name.endswith(".safetensors"))
+            weights = [
+                SavedWeights(saved, [f"model{_ending(index)}.safetensors"]) for index in range(len(models))
+            ]
+            states = [
+                SavedOptimizer(saved, f"{OPTIMIZER_FOLDER}{_ending(index)}")
+                for index in range(len(optimizers))
+            ]
+            for part, model in zip(weights, models, strict=True):
+                part.check_model(live_layout(model))
+            for state, optimizer in zip(states, optimizers, strict=True):
+                state.check_groups(self._slide_engine_of(optimizer.optimizer), optimizer.optimizer)
+            for part, model in zip(weights, models, strict=True):
+                part.load(model, live_layout(model))
+            for state, optimizer in zip(states, optimizers, strict=True):
+                state.load(self._slide_engine_of(optimizer.optimizer), optimizer.optimizer)
+            models.clear()
+
+        hook = self.register_load_state_pre_hook(load)
+        with self._slide_state_is_ours() as optimizers:
+            try:
+                super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+            finally:
+                hook.remove()
+
+    def _slide_owns_everything(self) -> bool:
+        return (
+            bool(self._models)
+            and all(engine_of(model) is not None for model in self._models)
+            and all(_is_optimizer(optimizer) for optimizer in self._optimizers)
+        )
+
+    def _slide_engine_of(self, optimizer: SlideAdamW) -> SlideEngine:
+        param = optimizer.param_groups[0]["params"][0]
+        return next(
+            engine for engine in map(engine_of, self._models) if engine is not None and engine.owns(param)
+        )
+
+    @contextlib.contextmanager
+    def _slide_state_is_ours(self) -> Iterator[list[Any]]:
+        """Accelerate handles neither the weights of models nor the optimizers, which are handed out."""
+        optimizers: list[Any] = self._optimizers
+        self._optimizers = []
+        self._slide_streams_weights = True
+        try:
+            yield optimizers
+        finally:
+            self._optimizers = optimizers
+            self._slide_streams_weights = False
+
+
+def _ending(index: int) -> str:
+    """Accelerate's names of the second object of a kind and those after it."""
+    return f"_{index}" if index else ""
 
 
 def _is_optimizer(obj: Any) -> bool:

@@ -32,6 +32,10 @@ _PAGE_BYTES = 4096
 # history of Qwen2.5-3B (torch 2.11).
 CUBLAS_BYTES = 2 * (32 + 1) * 2**20
 
+# What a checkpoint's writer holds of a tensor on the GPU, and its reader of weights (`hf_slideformer.checkpoint`).
+CHECKPOINT_PIECE_BYTES = 16 * 2**20
+CHECKPOINT_BATCH_BYTES = 128 * 2**20
+
 # How many units' gradients, and how many offloaded inputs, may be on the GPU at once: one in use, two on their way.
 _MOVING = 3
 
@@ -138,10 +142,10 @@ class MemoryModel:
         self._outside_layout = lay_out(trainable)
         self._source = [_source_bytes(specs) for specs in self._specs]
         self._source_outside = _source_bytes(workload.outside)
-        # What a checkpoint reads or writes at once: one unit, or all parameters outside of units.
-        groups = (workload.outside, *self._specs)
-        self._largest_state = max(_optimizer_bytes(specs, moments) for specs in groups)
-        self._largest_saved = max(_optimizer_bytes(specs, moments) + _joined_bytes(specs) for specs in groups)
+        # A checkpoint is written from where the state lives, and read to there; but for what is joined or read anew.
+        every = [spec for specs in (workload.outside, *self._specs) for spec in specs]
+        self._saving = CHECKPOINT_PIECE_BYTES + max(map(_joined_bytes, every), default=0)
+        self._resuming = max(CHECKPOINT_BATCH_BYTES, *(_source_bytes([spec]) for spec in every), 0)
         profiles = workload.profile.units if workload.profile is not None else ()
         absent = [0] * (len(layouts) - len(profiles))
         self._boundary = [unit.boundary_bytes for unit in profiles] or absent
@@ -383,8 +387,9 @@ class MemoryModel:
     def peaks(self, decisions: Decisions) -> dict[str, dict[str, int]]:
         """Peak bytes by phase and tier.
 
-        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (unit by unit what is not in
-        RAM, or not as it is saved, is brought there), "resume" (unit by unit the optimizer's state is read and copied).
+        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (a parameter that is not
+        saved as it lives is made anew, and pieces of what is on the GPU are brought to RAM), "resume" (weights are read
+        in batches before they are copied; the optimizer's state is read to where it lives).
         """
         disk = self.disk_bytes(decisions)
         gpu, ram = self.gpu_peak(decisions), self.ram_train(decisions)
@@ -400,8 +405,8 @@ class MemoryModel:
             for item in self.ram_items(decisions)
             if item.what in ("inputs of units", "gradient staging")
         )
-        peaks["save"] = {"GPU": on_gpu, "RAM": ram + self._largest_saved, "disk": disk}
-        peaks["resume"] = {"GPU": on_gpu, "RAM": ram - passing + self._largest_state, "disk": disk}
+        peaks["save"] = {"GPU": on_gpu, "RAM": ram + self._saving, "disk": disk}
+        peaks["resume"] = {"GPU": on_gpu, "RAM": ram - passing + self._resuming, "disk": disk}
         return peaks
 
     def gpu_load(self, decisions: Decisions) -> int:
@@ -439,16 +444,9 @@ def missing_bytes(workload: Workload, budgets: Budgets, gpu: int, ram: int, disk
     }
 
 
-def _optimizer_bytes(specs: Sequence[ParamSpec], moments: MomentFormat) -> int:
-    """Bytes of what a checkpoint holds of the optimizer's state: moments and master residuals."""
-    return sum(
-        moments.nbytes(spec.numel) + (2 * spec.numel if spec.split else 0) for spec in specs if spec.trainable
-    )
-
-
-def _joined_bytes(specs: Sequence[ParamSpec]) -> int:
-    """Bytes of fp32 weights that train as split masters and are joined to be saved."""
-    return sum(4 * spec.numel for spec in specs if spec.split and spec.source_dtype == torch.float32)
+def _joined_bytes(spec: ParamSpec) -> int:
+    """Bytes of an fp32 weight that trains as a split master and is joined to be saved; 0 of others."""
+    return 4 * spec.numel if spec.split and spec.source_dtype == torch.float32 else 0
 
 
 def _source_bytes(specs: Sequence[ParamSpec]) -> int:

@@ -197,11 +197,11 @@ def _phase_notes(plan: Plan) -> list[str]:
     for phase, reason in (
         (
             "save",
-            "beside the training state it holds that of one unit, or of all outside of units, a second time",
+            "beside the training state it holds a piece of a tensor on the GPU, or one parameter joined in fp32",
         ),
         (
             "resume",
-            "the optimizer's state of one unit, or of all outside of units, is read before it is copied",
+            "weights are read in batches before they are copied",
         ),
     ):
         peak = plan.peaks.get(phase)

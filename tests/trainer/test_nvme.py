@@ -32,7 +32,11 @@ def streamed(tmp_path_factory):
     trainer = _trainer(tmp_path_factory.mktemp("ram"), "out", SlideConfig(placement="stream"))
     needed = sum(trainer.slide.plan.peaks["train"][tier] for tier in ("GPU", "RAM"))
     trainer.train()
-    return needed, _weights(trainer), [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return (
+        needed,
+        _weights(trainer),
+        [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+    )
 
 
 @pytest.mark.parametrize("share", [0.9, 0.7])

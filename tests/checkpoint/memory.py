@@ -1,0 +1,110 @@
+"""Peak RAM of saving and of resuming a model of a few hundred million bytes, in a process of its own.
+
+    python tests/checkpoint/memory.py save DIRECTORY
+    python tests/checkpoint/memory.py resume DIRECTORY
+
+Prints JSON: bytes of the state, of the largest unit and its like, and by how much the peak rose.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+
+from hf_slideformer import SlideTrainer
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = torch.arange(8) + index
+        return {"input_ids": row, "labels": row}
+
+
+def peak_bytes() -> int:
+    """The process's peak of resident memory since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+
+
+def reset_peak() -> int:
+    """Start again from what is resident now, which is returned."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+class _AtFirstStep(TrainerCallback):
+    def __init__(self) -> None:
+        self.peak: int | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Resuming is over."""
+        if self.peak is None:
+            self.peak = peak_bytes()
+
+
+def main() -> None:
+    """Train a step, or resume; measure; print."""
+    action, directory = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(2)
+    before = reset_peak()
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=10,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu")
+    model.init_weights()
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=1 if action == "save" else 2,
+        per_device_train_batch_size=1,
+        save_strategy="steps" if action == "save" else "no",
+        save_steps=1,
+        bf16=True,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    first = _AtFirstStep()
+    trainer = SlideTrainer(model=model, args=args, train_dataset=_Rows(), callbacks=[first])
+    if action == "save":
+        save_checkpoint = trainer._save_checkpoint
+        rise: list[int] = []
+
+        def measured(*arguments) -> None:
+            trainer.slide.synchronize()  # the first update touches the moments for the first time
+            start = reset_peak()
+            save_checkpoint(*arguments)
+            rise.append(peak_bytes() - start)
+
+        trainer._save_checkpoint = measured
+        trainer.train()
+        result = {"rise": rise[0]}
+    else:
+        trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
+        result = {"rise": first.peak - before}
+    engine = trainer.slide.engine
+    per_param = 4 + 8  # halves of the master, and moments
+    units = engine.states_by_unit()
+    result["state"] = per_param * sum(state.spec.numel for state in engine.states)
+    result["unit"] = per_param * max(sum(state.spec.numel for state in states) for states in units)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

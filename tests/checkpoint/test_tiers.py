@@ -1,0 +1,84 @@
+"""A checkpoint knows no tiers: what a run with state on disk wrote, one in RAM resumes, and the other way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
+
+from hf_slideformer import SlideConfig, SlideTrainer
+from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+
+from .kill import Tokens, final_state
+
+STEPS = 4
+
+
+def _trainer(directory: Path, slide: dict, *, seed: int, bf16: bool) -> SlideTrainer:
+    set_seed(seed)
+    # Large enough that pages and the losses' temporary memory do not decide what fits.
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        attention_dropout=0.1,
+    )
+    args = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        bf16=bf16,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    return SlideTrainer(
+        model=LlamaForCausalLM(config),
+        args=args,
+        train_dataset=Tokens(10, 5),
+        slide_config=SlideConfig(**slide),
+    )
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "split masters"])
+def test_state_on_disk_or_in_ram(tmp_path, bf16):
+    (tmp_path / "disk").mkdir()
+    in_ram = _trainer(tmp_path / "ram", {"placement": "stream"}, seed=0, bf16=bf16)
+    needed = sum(in_ram.slide.plan.peaks["train"][tier] for tier in ("GPU", "RAM"))
+    on_disk = {"cpu_memory": int(needed * 0.7), "nvme_dir": tmp_path / "disk"}
+    in_ram.train()
+    expected = final_state(in_ram)
+    settings = {"ram": {"placement": "stream"}, "disk": on_disk, "auto": {}}
+
+    def check(trainer: SlideTrainer, name: str) -> None:
+        assert bool(trainer.slide.plan.decisions.on_disk) == (name == "disk")
+        assert final_state(trainer) == expected
+
+    from_disk = _trainer(tmp_path / "from-disk", on_disk, seed=0, bf16=bf16)
+    from_disk.train()
+    check(from_disk, "disk")
+    for written, loaded in (
+        ("ram", "disk"),
+        ("from-disk", "ram"),
+        ("from-disk", "disk"),
+        ("from-disk", "auto"),
+    ):
+        resumed = _trainer(tmp_path / f"{written}-{loaded}", settings[loaded], seed=99, bf16=bf16)
+        resumed.train(resume_from_checkpoint=str(tmp_path / written / "checkpoint-2"))
+        check(resumed, loaded)
+    one, two = (
+        SavedCheckpoint(tmp_path / name / "checkpoint-4", FileOps()).records for name in ("ram", "from-disk")
+    )
+    tensors = [name for name in one if name.endswith(".safetensors")]
+    assert len(tensors) == 14
+    assert all(one[name] == two[name] for name in tensors)  # the same bytes
+    assert torch.isfinite(from_disk.slide.engine.states[0].live).all()
