@@ -52,6 +52,8 @@ class Setting:
     dtype: torch.dtype = torch.float32
     args: dict[str, Any] = dataclasses.field(default_factory=dict)
     slide: dict[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ram_share: float | None = None  # of what the state needs there; the rest goes to disk
 
 
 _BEST = {
@@ -66,6 +68,13 @@ SETTINGS = (
     Setting("fp32 as split masters, best model", args={"bf16": True, **_BEST}),
     Setting("8-bit moments", torch.bfloat16, {"bf16": True}, {"optimizer_states": "8bit"}),
     Setting("overlapped updates", args={"bf16": True, "max_grad_norm": 0.0}),
+    Setting(
+        "state on disk",
+        args={"bf16": True},
+        # Large enough that pages do not decide what fits.
+        model={"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8},
+        ram_share=0.75,
+    ),
 )
 
 
@@ -165,11 +174,9 @@ def make_trainer(
 ) -> SlideTrainer:
     """A trainer over a tiny llama with dropout."""
     set_seed(model_seed)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3} | setting.model
     config = LlamaConfig(
         vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=16,
@@ -177,6 +184,7 @@ def make_trainer(
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        **sizes,
     )
     model = LlamaForCausalLM(config).to(setting.dtype)
     model.config.dtype = setting.dtype
@@ -197,14 +205,26 @@ def make_trainer(
         "dataloader_pin_memory": False,
         "seed": 7,
     }
-    trainer = SlideTrainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(output_dir), **{**args, **setting.args}),
-        train_dataset=Tokens(10, seed=5),
-        eval_dataset=Tokens(4, seed=6),
-        slide_config=SlideConfig(**setting.slide),
-        callbacks=callbacks,
-    )
+
+    def trainer_with(**slide: Any) -> SlideTrainer:
+        return SlideTrainer(
+            model=model,
+            args=TrainingArguments(output_dir=str(output_dir), **{**args, **setting.args}),
+            train_dataset=Tokens(10, seed=5),
+            eval_dataset=Tokens(4, seed=6),
+            slide_config=SlideConfig(**slide),
+            callbacks=callbacks,
+        )
+
+    trainer = trainer_with(**setting.slide)
+    if setting.ram_share is not None:
+        needed = sum(trainer.slide.plan.peaks["train"][tier] for tier in ("GPU", "RAM"))
+        disk = output_dir.parent / "disk"
+        disk.mkdir(exist_ok=True)
+        trainer = trainer_with(
+            **setting.slide, cpu_memory=int(setting.ram_share * needed), nvme_dir=str(disk)
+        )
+        assert trainer.slide.plan.decisions.on_disk
     trainer._files = files
     return trainer
 

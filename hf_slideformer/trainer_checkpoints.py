@@ -1,0 +1,276 @@
+"""Saving and resuming: Trainer's checkpoints, written by `hf_slideformer.checkpoint`.
+
+Trainer's own code decides when a checkpoint is written and what is in it. It is led into a hidden directory that takes
+its place once it is whole, optimizer state and weights are written from where they live, and what is read is checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+
+from .checkpoint import (
+    OPTIMIZER_FOLDER,
+    FileOps,
+    NewCheckpoint,
+    SavedCheckpoint,
+    SavedOptimizer,
+    SavedWeights,
+    SavePretrained,
+    clean_up,
+    new_checkpoint,
+    optimizer_bytes,
+    remove_checkpoint,
+    save_optimizer,
+    saved_layout,
+    set_saved_dtype,
+)
+from .errors import CheckpointError, SlideFormerError
+from .optim import SlideAdamW
+
+# The mixin's methods call those of the Trainer class that it is put in front of.
+_Trainer: Any = Trainer if TYPE_CHECKING else object
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMixin(_Trainer):
+    """The seams of a Trainer class where checkpoints are written and read; part of `SlideTrainerMixin`."""
+
+    # SlideTrainerMixin's
+    slide: Any
+
+    def _remove_leftovers(self) -> None:
+        """Remove what a killed run left of checkpoints in the output directory."""
+        if self.args.should_save:
+            clean_up(Path(self.args.output_dir), self._files)
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    _files = FileOps()
+    _new_checkpoint: NewCheckpoint | None = None
+    _push_is_due = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Trainer, in the dtypes that the weights came in."""
+        engine = self.slide.engine
+        joined = None
+        if engine is not None:
+            engine.synchronize()
+            if state_dict is None and not isinstance(self.model, PreTrainedModel):
+                joined = engine.state_dict_as_loaded(self.model)
+        save = getattr(self.model, "save_pretrained", None)
+        with contextlib.ExitStack() as stack:
+            if self._new_checkpoint is not None and isinstance(save, SavePretrained):
+                stack.enter_context(save.writing_with(self._new_checkpoint.writer))
+            super()._save(output_dir, state_dict=state_dict if joined is None else joined)
+        if joined is not None:
+            set_saved_dtype(Path(output_dir or self.args.output_dir), torch.float32)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """As in Trainer; while a checkpoint is written, the directory that hides it."""
+        if self._new_checkpoint is not None:
+            return str(self._new_checkpoint.outer)
+        return super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As in Trainer; a kill at any instant leaves whole checkpoints only.
+
+        Raises:
+            CheckpointError: too little space, or a file that transformers writes could not be written.
+            DiskError: a write failed. Either way nothing of the new checkpoint is left, and the others are whole.
+        """
+        run_dir = Path(self._get_output_dir(trial))
+        target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = self.state.best_model_checkpoint
+        try:
+            with new_checkpoint(target, self._files, self._checkpoint_bytes()) as checkpoint:
+                self._new_checkpoint = checkpoint
+                try:
+                    super()._save_checkpoint(model, trial)
+                finally:
+                    self._new_checkpoint = None
+                # Trainer has looked for the best checkpoint, and put the state, where this one is written.
+                self.state.best_model_checkpoint = self._best_checkpoint(run_dir, best)
+                self.state.save_to_json(str(checkpoint.path / TRAINER_STATE_NAME))
+        except BaseException as error:
+            self.state.best_model_checkpoint = best
+            self._push_is_due = False
+            if not _is_about_files(error):
+                raise
+            raise CheckpointError(
+                f"{target} could not be written ({error}); {self._free_space(run_dir)}; nothing of it is left, and "
+                "earlier checkpoints are as they were"
+            ) from error
+        self._rotate(run_dir)
+        if self._push_is_due:
+            self._push_is_due = False
+            super()._push_from_checkpoint(str(target))
+
+    def _free_space(self, directory: Path) -> str:
+        try:
+            return f"{self._files.free_bytes(directory) / 2**30:.2f} GiB are free there"
+        except OSError as error:
+            return f"its directory cannot be used ({error})"
+
+    def _best_checkpoint(self, run_dir: Path, known: str | None) -> str | None:
+        """The checkpoint of the best step, which may be the one that is being written; by Trainer's rule."""
+        strategies = (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST)
+        step = self.state.best_global_step
+        if step and self.args.save_strategy in strategies:
+            path = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step == self.state.global_step or path.exists():
+                return str(path)
+        return known
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in Trainer, once the checkpoint is in its place."""
+        if self._new_checkpoint is not None:
+            self._push_is_due = True
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of a checkpoint's tensors."""
+        engine = self.slide.engine
+        if engine is None:
+            return 0
+        # Of a model with adapters only those are saved.
+        everything = isinstance(self.model, PreTrainedModel)
+        weights = sum(
+            state.spec.numel * state.spec.source_dtype.itemsize
+            for state in engine.states
+            if everything or state.spec.trainable
+        )
+        optimizer = _slide_optimizer(self.optimizer)
+        if self.args.save_only_model or optimizer is None:
+            return weights
+        return weights + optimizer_bytes(engine, optimizer)
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Remove checkpoints beyond `save_total_limit`: by Trainer's rule, but each at once."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+        best = self.state.best_model_checkpoint
+        kept = {*checkpoints[-1:], *([str(Path(best))] if best is not None else [])}
+        surplus = len(checkpoints) - max(limit, len(kept))
+        for checkpoint in [path for path in checkpoints if path not in kept][: max(0, surplus)]:
+            remove_checkpoint(Path(checkpoint), self._files)
+
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; checkpoints that it would remove here are removed at once."""
+        best = self.state.best_model_checkpoint
+        if best is not None and self.args.save_total_limit == 1 and os.path.isdir(best):
+            for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
+                if not os.path.samefile(checkpoint, best):
+                    remove_checkpoint(Path(checkpoint), self._files)
+        return super()._finalize_training(trial, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """The optimizer's state unit by unit, from where it lives; the scheduler as in Trainer."""
+        engine, optimizer = self.slide.engine, _slide_optimizer(self.optimizer)
+        if engine is None or optimizer is None or self._new_checkpoint is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        writer = self._new_checkpoint.writer
+        save_optimizer(engine, optimizer, Path(output_dir) / OPTIMIZER_FOLDER, writer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of schedulers that remind one to save the optimizer too
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    # -- resuming --------------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As in Trainer; files are checked, and a checkpoint of another model is refused before anything changes.
+
+        Raises:
+            CheckpointError: the checkpoint is not whole, is damaged, of a newer format or of another model.
+        """
+        path = Path(resume_from_checkpoint)
+        if not SavedCheckpoint.exists(path):
+            if SavedOptimizer.exists(path):
+                raise CheckpointError(f"{path} is not whole: it has optimizer state, but no manifest")
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        model = self.model if model is None else model
+        checkpoint = SavedCheckpoint(path, self._files)
+        small = (name for name in checkpoint.records if not name.endswith(".safetensors"))
+        checkpoint.check_files(small)
+        weights = SavedWeights(checkpoint)
+        layout = saved_layout(model)
+        weights.check_model(layout)
+        if SavedOptimizer.exists(path):
+            SavedOptimizer(checkpoint).check_model(model)
+        if not weights.load(model, layout):
+            checkpoint.check_files(name for name in checkpoint.records if "/" not in name)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """As in Trainer; files are checked."""
+        path = Path(self.state.best_model_checkpoint)
+        if SavedCheckpoint.exists(path):
+            checkpoint = SavedCheckpoint(path, self._files)
+            weights = SavedWeights(checkpoint)
+            layout = saved_layout(self.model)
+            weights.check_model(layout)
+            logger.info("Loading the best model from %s (score: %s)", path, self.state.best_metric)
+            if weights.load(self.model, layout):
+                return
+            checkpoint.check_files(name for name in checkpoint.records if "/" not in name)
+        super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The optimizer's state unit by unit into its place; the scheduler, and plain checkpoints, as in Trainer."""
+        engine, optimizer = self.slide.engine, _slide_optimizer(self.optimizer)
+        if (
+            checkpoint is None
+            or engine is None
+            or optimizer is None
+            or not SavedOptimizer.exists(Path(checkpoint))
+        ):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = SavedCheckpoint(Path(checkpoint), self._files)
+        SavedOptimizer(saved).load(engine, optimizer)
+        # Trainer loads it again where it needs it, but not if no step is left to be made.
+        self._load_rng_state(checkpoint)
+        scheduler_file = os.path.join(checkpoint, SCHEDULER_NAME)
+        if os.path.isfile(scheduler_file):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.lr_scheduler.load_state_dict(torch.load(scheduler_file, weights_only=True))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, which would make one step more than `max_steps` where a resumed run has made them all."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+
+def _slide_optimizer(optimizer: Any) -> SlideAdamW | None:
+    """The optimizer behind Accelerate's wrapper, if it is ours."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, SlideAdamW) else None
+
+
+def _is_about_files(error: BaseException) -> bool:
+    """Whether writing a file failed; torch's archive writer says so by a RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return any(
+            part in str(error) for part in ("inline_container", "PytorchStreamWriter", "Parent directory")
+        )
+    return isinstance(error, (OSError, SafetensorError)) and not isinstance(error, SlideFormerError)
