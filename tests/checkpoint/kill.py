@@ -233,7 +233,7 @@ def final_state(trainer: SlideTrainer) -> dict[str, Any]:
     """Everything that a run ends with, tensors as digests; as it is after a way through JSON."""
 
     def digest(tensor: torch.Tensor) -> str:
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.blake2b(data).hexdigest()}"
 
     trainer.slide.synchronize()

@@ -14,7 +14,7 @@ from .kill import Tokens, final_state
 STEPS = 4
 
 
-def _trainer(directory: Path, slide: dict, *, seed: int, bf16: bool) -> SlideTrainer:
+def _trainer(directory: Path, slide: dict, *, seed: int, bf16: bool, on_gpu: bool = False) -> SlideTrainer:
     set_seed(seed)
     # Large enough that pages and the losses' temporary memory do not decide what fits.
     config = LlamaConfig(
@@ -36,7 +36,7 @@ def _trainer(directory: Path, slide: dict, *, seed: int, bf16: bool) -> SlideTra
         learning_rate=1e-2,
         logging_steps=1,
         bf16=bf16,
-        use_cpu=True,
+        use_cpu=not on_gpu,
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -82,3 +82,40 @@ def test_state_on_disk_or_in_ram(tmp_path, bf16):
     assert len(tensors) == 14
     assert all(one[name] == two[name] for name in tensors)  # the same bytes
     assert torch.isfinite(from_disk.slide.engine.states[0].live).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "split masters"])
+def test_placement_on_a_gpu_is_not_in_a_checkpoint(tmp_path, deterministic, bf16):
+    """Resident units, streamed ones and state on disk resume one another; the CPU reads the same state."""
+    (tmp_path / "disk").mkdir()
+    plan = _trainer(tmp_path / "plan", {"placement": "stream"}, seed=0, bf16=bf16, on_gpu=True).slide.plan
+    settings = {
+        "auto": {},
+        "stream": {"placement": "stream"},
+        "disk": {
+            "placement": "stream",
+            "cpu_memory": int(plan.peaks["train"]["RAM"] * 0.7),
+            "nvme_dir": tmp_path / "disk",
+        },
+    }
+    runs = {
+        name: _trainer(tmp_path / name, slide, seed=0, bf16=bf16, on_gpu=True)
+        for name, slide in settings.items()
+    }
+    for trainer in runs.values():
+        trainer.train()
+    expected = final_state(runs["auto"])
+    assert runs["auto"].slide.plan.decisions.resident
+    assert runs["disk"].slide.plan.decisions.on_disk
+    assert final_state(runs["stream"]) == expected and final_state(runs["disk"]) == expected
+    for written in settings:
+        for loaded, slide in settings.items():
+            resumed = _trainer(tmp_path / f"{written}-{loaded}", slide, seed=99, bf16=bf16, on_gpu=True)
+            resumed.train(resume_from_checkpoint=str(tmp_path / written / "checkpoint-2"))
+            assert final_state(resumed) == expected, (written, loaded)
+    on_cpu = _trainer(tmp_path / "cpu", {}, seed=99, bf16=bf16)
+    on_cpu.train(resume_from_checkpoint=str(tmp_path / "auto" / "checkpoint-4"))
+    names = {state.name for state in on_cpu.slide.engine.states}
+    found = final_state(on_cpu)
+    assert {name: found[name] for name in names} == {name: expected[name] for name in names}

@@ -40,11 +40,20 @@ PLACEMENTS = {
 
 
 def _prepare(
-    tmp_path, decisions, dtype=torch.bfloat16, *, accumulates=False, delays=None, seed=0, **settings
+    tmp_path,
+    decisions,
+    dtype=torch.bfloat16,
+    *,
+    device="cpu",
+    accumulates=False,
+    delays=None,
+    seed=0,
+    **settings,
 ):
     config = SlideConfig(nvme_dir=str(tmp_path), **settings)
     return prepare(
         tiny_llama(dtype, attention_dropout=0.1, seed=seed),
+        device=device,
         config=config,
         accumulates=accumulates,
         decisions=decisions,
@@ -371,3 +380,22 @@ def test_one_block_at_a_time(tmp_path):
     with engine.state_in_memory(second):
         assert second[0].moments["exp_avg"].shape == second[0].spec.shape
     assert second[0].moments == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("states", ["fp32", "8bit"])
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+@pytest.mark.parametrize("placement", ["everything", "beside residents", "offloaded activations"])
+def test_disk_changes_no_bit_on_gpu(tmp_path, deterministic, placement, update, states):
+    runs = [
+        train(
+            _prepare(
+                tmp_path, decisions, torch.float32, device="cuda", update=update, optimizer_states=states
+            ),
+            20,
+            max_norm=None if update == "overlapped" else 0.5,
+        )
+        for decisions in (decide(), PLACEMENTS[placement])
+    ]
+    assert runs[1].engine.disk_bytes > 0
+    assert_same_bits(*runs)
