@@ -171,7 +171,7 @@ def all_tensors(engine: SlideEngine) -> dict[str, dict[str, torch.Tensor]]:
     for states in engine.states_by_unit():
         with engine.state_in_memory(states):
             for state in states:
-                tensors = tensors_of(state)
+                tensors = tensors_of(state) | {"step": torch.tensor(state.step)}
                 on_disk = engine.disk_bytes > 0
                 found[state.name] = {key: x.clone() if on_disk else x for key, x in tensors.items()}
     return found
@@ -180,12 +180,7 @@ def all_tensors(engine: SlideEngine) -> dict[str, dict[str, torch.Tensor]]:
 def tensors_of(state: ParamState) -> dict[str, torch.Tensor]:
     """All that is kept of a parameter, by name."""
     residual = {} if state.residual is None else {"residual": state.residual}
-    return {
-        "weight": state.weight,
-        "step": torch.tensor(state.step, dtype=torch.int32),
-        **residual,
-        **state.moments,
-    }
+    return {"weight": state.weight, **residual, **state.moments}
 
 
 def assert_same_state(
@@ -200,5 +195,5 @@ def assert_same_state(
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's bits as integers, so that NaN equals NaN and -0 is not 0."""
-    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.detach().cpu().contiguous().view(kinds[tensor.element_size()])

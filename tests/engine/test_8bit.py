@@ -309,6 +309,7 @@ def test_neighbours_join_only_where_padding_does_no_harm(name):
             memory.residual(segment),
             memory.moments(segment),
             step=1,
+            moment_format=MOMENT_FORMATS[name],
         )
         for index, segment in enumerate(layout.segments)
     ]
