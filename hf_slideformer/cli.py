@@ -7,13 +7,14 @@ stderr. What a subcommand needs is imported when it runs, so that `--help` does 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,13 +132,29 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     wanted = _Training.of(options)
+    with _quiet():
+        return _plan_quietly(options, wanted)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Retries and deprecations would bury the one line that says what is wrong."""
     import transformers
 
+    hub = logging.getLogger("huggingface_hub")
+    before = transformers.logging.get_verbosity(), hub.level
+    transformers.logging.set_verbosity_error()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before[0])
+        hub.setLevel(before[1])
+
+
+def _plan_quietly(options: argparse.Namespace, wanted: _Training) -> int:
     from .engine.planning import plan_for
 
-    # Retries and deprecations would bury the one line that says what is wrong.
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     asked = _Asked.of(options, wanted)
     try:
         planned = plan_for(
