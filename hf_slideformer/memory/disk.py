@@ -23,8 +23,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import ConfigError, DiskError, StateError
 from ..metrics import Metrics
 from .pinned import HostBuffer
@@ -134,7 +132,7 @@ def check_directory(path: str | os.PathLike, ops: FileOps | None = None) -> bool
         DiskError: no file can be made, written or read there.
     """
     path, ops = os.fspath(path), ops or FileOps()
-    page = HostBuffer(_PAGE_BYTES).tensor(torch.uint8, 0, _PAGE_BYTES).numpy().data
+    page = HostBuffer(_PAGE_BYTES).view(_PAGE_BYTES)
     for direct in (True, False):
         try:
             piece = _Piece(path, "slideformer-check", direct, ops)
@@ -522,7 +520,7 @@ class _Request:
         self._handle, self._file, self._buffer, self._after = handle, file, buffer, after
         self._writing, self._metrics, self._delay_s = writing, metrics, delay_s
         self._key = "disk_write" if writing else "disk_read"
-        self._view = buffer.tensor(torch.uint8, 0, file.nbytes).numpy().data
+        self._view = buffer.view(file.nbytes)
         self._timing = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._left = 0

@@ -72,6 +72,14 @@ class HostBuffer:
             return torch.empty(0, dtype=dtype)
         return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes)
 
+    def view(self, nbytes: int) -> memoryview:
+        """The first `nbytes`, for system calls.
+
+        No tensor is behind it: the last reference to one must not be dropped in a daemon thread, which the interpreter
+        may end in the middle of torch's own code.
+        """
+        return memoryview(self._map)[:nbytes]
+
 
 class BufferView:
     """A part of a host buffer that is used like one: offsets count from `base_bytes`."""
