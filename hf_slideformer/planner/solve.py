@@ -197,9 +197,7 @@ class _Search:
         """The same decisions with the state of the fewest units on disk with which RAM suffices; of all streamed units
         if it never does.
 
-        They are spread evenly over forward, so that the disk works while other units are updated and computed. The time
-        model has that up to 1.3 times as fast as the last units, and at most 2 % slower (Llama-3.1-8B, 4 to 24 units on
-        disks of 2 to 60 GB/s).
+        They are spread evenly over forward, so that the disk works while other units are updated and computed.
         """
         in_ram, on_disk = self.memory.ram_state, self.memory.disk_state
         resident = set(decisions.resident)
