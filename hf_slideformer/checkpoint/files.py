@@ -1,7 +1,7 @@
 """Files of a checkpoint: written and read in pieces, with a checksum on the way and failures that say where.
 
-Checksums are CRC-32 (`zlib.crc32`): they find every flipped bit and every burst of up to 32 bits, and take a fraction of
-a cryptographic hash's time. They guard against decay, not against forgery.
+Checksums are CRC-32 (`zlib.crc32`): they find every flipped bit and every burst of up to 32 bits, and take a fraction
+of a cryptographic hash's time. They guard against decay, not against forgery.
 """
 
 from __future__ import annotations
