@@ -295,30 +295,35 @@ def test_two_steps_without_a_forward_between_them(tmp_path, on_disk):
 
 
 def test_an_engine_that_its_own_thread_collects_ends_its_threads(tmp_path):
-    collects = threading.Event()
+    steps, written, dropped = 2, [], threading.Event()
+    writes = 1 + steps  # the first one when the model is prepared
 
     def delay(label):
-        if collects.is_set() and "write" in label:
-            gc.collect()
-        return 0.02
+        if label == f"disk write of unit-{ALL[-1]:05d}":
+            written.append(label)
+            if len(written) == writes:  # the last one of all waits until nobody else holds the engine
+                assert dropped.wait(60)
+                gc.collect()
+        return 0.0
 
     def run():
         found = _prepare(tmp_path, decide(on_disk=ALL), delays={"disk": delay})
-        for tokens in batches(2):
+        for tokens in batches(steps):
             step(found, [tokens], max_norm=0.5)
         found.engine.synchronize()
-        collects.set()
         return weakref.ref(found.engine)
 
     before = threading.active_count()
     gc.disable()
     try:
         engine = run()
-        deadline = time.monotonic() + 30
+        dropped.set()
+        deadline = time.monotonic() + 60
         while (engine() is not None or threading.active_count() > before) and time.monotonic() < deadline:
             time.sleep(0.05)
     finally:
         gc.enable()
+    assert len(written) == writes
     assert engine() is None and threading.active_count() <= before
 
 

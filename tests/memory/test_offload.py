@@ -86,7 +86,7 @@ def test_a_forward_without_a_backward_gives_its_buffers_back(offload):
 def test_a_buffer_is_not_written_before_it_was_read(offload):
     """A new tensor takes the buffer of one that is still on its way back."""
     gate = threading.Event()
-    store, _ = offload({"h2d": lambda _: 0.0 if gate.wait(5) else 1.0})
+    store, _ = offload({"h2d": lambda _: 0.0 if gate.wait(60) else 1.0})
     first = torch.randn(1000)
     parked = store.store("first", first)
     store.settle()

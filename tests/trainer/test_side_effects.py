@@ -239,7 +239,7 @@ def test_threads_and_memory_end_with_the_trainer(tmp_path, update):
     gc.collect()
     assert [reference() for reference in alive if reference() is not None] == []
     for thread in mine:
-        thread.join(timeout=5)
+        thread.join(timeout=60)
         assert not thread.is_alive(), thread.name
 
 
