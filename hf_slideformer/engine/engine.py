@@ -37,10 +37,10 @@ from ..hardware import default_update_threads
 from ..memory.allocator import return_freed_memory, use_expandable_segments
 from ..memory.disk import DiskStore
 from ..memory.disk_state import DiskState, Loan
-from ..memory.layout import Segment, lay_out, lay_out_on_disk
+from ..memory.layout import DISK_ALIGN_BYTES, Segment, lay_out, lay_out_on_disk
 from ..memory.manager import UnitMemory
 from ..memory.offload import TensorOffload
-from ..memory.pinned import HostBuffer
+from ..memory.pinned import BufferView, HostBuffer
 from ..memory.pool import SlotPool
 from ..memory.transfer import Lane
 from ..metrics import Metrics
@@ -223,16 +223,20 @@ class SlideEngine:
             for index, (unit, layout) in enumerate(zip(blueprint.units, blueprint.layouts, strict=True)):
                 streamed = index not in decisions.resident
                 layout = layout if streamed else lay_out([])
-                loan = self._disk.borrow(index) if self._disk is not None and index in self._disk else None
+                loan = self._borrow_state(index)
+                mapped = None
+                if self._disk is not None and index in decisions.weights_on_disk:
+                    mapped = self._disk.mapped(index), self._disk_layouts[index]
                 memory = UnitMemory(
                     layout,
-                    pin=streamed and self._pin(layout.weight_bytes + layout.grad_bytes),
+                    pin=streamed and mapped is None and self._pin(layout.weight_bytes + layout.grad_bytes),
                     on_disk=loan is not None,
+                    mapped=mapped,
                 )
                 if loan is not None:
                     loan.ready.wait_host()
                     memory.attach(loan.buffer, self._disk_layouts[index], blueprint.moments)
-                    lent.callback(loan.give_back, write=True)
+                    lent.callback(loan.give_back, write=True, nbytes=self._disk_layouts[index].nbytes)
                 own = {id(p) for p in unit.parameters.values()} if streamed else set()
                 by_name = {specs[id(p)].name: (name, p) for name, p in unit.parameters.items()}
                 states, owners = [], []
@@ -275,6 +279,8 @@ class SlideEngine:
                         version=sum(state.param._version for state in states),
                     )
                 )
+                if mapped is not None:
+                    units[-1].borrow_weights = self._weights_of(units[-1])
             self._move_outside(model, blueprint, decisions, order)
             for _, param in model.named_parameters():
                 if id(param) not in self._state_of:
@@ -326,9 +332,20 @@ class SlideEngine:
                 f"state of units {decisions.on_disk} on disk with {decisions.disk_buffers} buffers: there must be a "
                 f"buffer, and only units that stream ({sorted(streamed)}) may be there"
             )
+        if not set(decisions.on_disk).issuperset(decisions.weights_on_disk):
+            raise PlanError(
+                f"weights of units {decisions.weights_on_disk} on disk, but state only of {decisions.on_disk}; "
+                "state goes there first"
+            )
         store = DiskStore(self.config.nvme_dirs, metrics=self.metrics, delay_s=self._delays.get("disk"))
-        self._disk_layouts = {
-            unit: lay_out_on_disk(blueprint.layouts[unit], blueprint.moments) for unit in decisions.on_disk
+        self._disk_layouts = layouts = {
+            unit: lay_out_on_disk(
+                blueprint.layouts[unit],
+                blueprint.moments,
+                weights=unit in decisions.weights_on_disk,
+                grad_bytes=self._waiting_grad_bytes(blueprint, decisions, unit),
+            )
+            for unit in decisions.on_disk
         }
         engine = weakref.ref(self)
 
@@ -336,7 +353,33 @@ class SlideEngine:
             if (alive := engine()) is not None and alive._broken is None:
                 alive._broken = error
 
-        return DiskState(store, self._disk_layouts, decisions.disk_buffers, failed)
+        mapped = frozenset(decisions.weights_on_disk)
+        disk = DiskState(store, {unit: places.file_bytes for unit, places in layouts.items()}, mapped, failed)
+        largest = max(places.file_bytes for places in layouts.values())
+        self._updates_desk = disk.open_desk("updates", decisions.disk_buffers, largest)
+        if mapped:
+            nbytes = max(blueprint.layouts[unit].weight_bytes for unit in mapped)
+            count = decisions.slots
+            self._weights_desk = disk.open_desk("fetches", count, nbytes, pin=self._pin(count * nbytes))
+        return disk
+
+    def _waiting_grad_bytes(self, blueprint: Blueprint, decisions: Decisions, unit: int) -> int:
+        """Bytes of a unit's gradients that are on disk until its update."""
+        if unit not in decisions.weights_on_disk or self.overlapped:
+            return 0
+        layout = blueprint.layouts[unit]
+        return 4 * layout.state_numel if self._accumulates else layout.grad_bytes
+
+    def _borrow_state(self, unit: int) -> Loan | None:
+        """A unit's residuals and moments, if they live on disk."""
+        if self._disk is None or unit not in self._disk:
+            return None
+        return self._updates_desk.borrow(unit, (0, self._disk_layouts[unit].nbytes))
+
+    def _weights_of(self, unit: Unit) -> Callable[[], Loan]:
+        places, desk = self._disk_layouts[unit.index], self._weights_desk
+        nbytes = -(-unit.layout.weight_bytes // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
+        return lambda: desk.borrow(unit.index, (places.weights_offset, nbytes), after=unit.pending_update)
 
     def _outside_updates(self) -> OutsideUpdates | None:
         states = [state for state in self.states if state.updated_in_ram]
@@ -758,21 +801,23 @@ class SlideEngine:
     def _unit_update(self, unit: Unit, runs: Sequence[UpdateRun], *, fp32: bool) -> UnitUpdate:
         """The worker's part of a unit's update; state that lives on disk is on its way from now on."""
 
-        def run(buffer: HostBuffer) -> None:
+        def run(buffer: HostBuffer | BufferView) -> None:
             self._guarded(lambda: update_unit(unit.memory, buffer, fp32, runs, self._threads))()
 
         if self._disk is None or unit.index not in self._disk:
             return UnitUpdate(run)
-        loan = self._disk.borrow(unit.index)
+        places = self._disk_layouts[unit.index]
+        # Gradients that wait on disk come with the rest.
+        loan = self._updates_desk.borrow(unit.index, (0, places.file_bytes))
 
-        def run_on_disk(buffer: HostBuffer) -> None:
+        def run_on_disk(buffer: HostBuffer | BufferView) -> None:
             try:
                 with self._attached(unit, loan):
-                    run(buffer)
+                    run(buffer if places.grads_offset < 0 else BufferView(loan.buffer, places.grads_offset))
             finally:
-                loan.give_back(write=True)
+                loan.give_back(write=True, nbytes=places.with_weights)
 
-        return UnitUpdate(run_on_disk, after=(loan.ready,), drop=lambda: loan.give_back(write=False))
+        return UnitUpdate(run_on_disk, after=(loan.ready,), drop=loan.give_back)
 
     @contextlib.contextmanager
     def _attached(self, unit: Unit, loan: Loan, *, changes: bool = True) -> Iterator[None]:
@@ -836,7 +881,8 @@ class SlideEngine:
         self.synchronize()
         for state in self.executor.units[unit].states:
             state.check_outside_write()  # while it is on disk: what this clears stays cleared there
-        loan = self._disk.borrow(unit)
+        loan = self._borrow_state(unit)
+        assert loan is not None
         self._state_is_open = True
         try:
             loan.ready.wait_host()
@@ -844,7 +890,7 @@ class SlideEngine:
                 yield
         finally:
             self._state_is_open = False
-            loan.give_back(write=write)
+            loan.give_back(write=write, nbytes=self._disk_layouts[unit].nbytes)
 
     def state_loaded(self) -> None:
         """See `OptimizerBackend`."""

@@ -29,6 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..errors import StateError, UnsupportedModelError
+from ..memory.disk_state import Loan
 from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
 from ..memory.offload import OffloadedTensor, TensorOffload
@@ -79,6 +80,7 @@ class Unit:
     offloads: bool = False
     planned_bytes: int | None = None
     pending_update: Handle | None = None
+    borrow_weights: Callable[[], Loan] | None = None
     waiting: weakref.ref[OffloadedTensor] | None = None  # an input in the gradients' buffer
     forwards_since_step: int = 0
     version: int = 0
@@ -107,10 +109,14 @@ class Unit:
     def place_for(self, tensor: torch.Tensor) -> HostBuffer | None:
         """Where an input can wait in RAM: the gradients' buffer, which is empty until the unit's backward.
 
-        None if there is no such buffer, or it is in use: gradients are pending, or another run's input is there.
+        None if there is no such buffer in RAM, or it is in use: gradients are pending, or another run's input is there.
         """
         buffer = None if self.memory.grads_fp32 else self.memory.grads
-        if buffer is None or buffer.nbytes < tensor.nbytes or (self.waiting is not None and self.waiting()):
+        if (
+            not isinstance(buffer, HostBuffer)
+            or buffer.nbytes < tensor.nbytes
+            or (self.waiting is not None and self.waiting())
+        ):
             return None
         return None if any(state.param.grad is not None for state in self.states) else buffer
 

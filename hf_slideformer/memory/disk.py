@@ -13,6 +13,7 @@ import collections
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import queue
 import secrets
@@ -27,6 +28,8 @@ from ..errors import ConfigError, DiskError, StateError
 from ..metrics import Metrics
 from .pinned import HostBuffer
 from .transfer import Handle
+
+Span = tuple[int, int]  # first byte, number of bytes
 
 _PAGE_BYTES = 4096
 _CHUNK_BYTES = 4 * 2**20
@@ -203,12 +206,13 @@ class DiskStore:
         # Of a store that nobody closed: its threads end after what is queued. Not at exit, where they are daemons.
         weakref.finalize(self, _end_queues, self._reads, self._writes).atexit = False
 
-    def create(self, name: str, nbytes: int) -> DiskFile:
+    def create(self, name: str, nbytes: int, *, striped: bool = True) -> DiskFile:
         """A file of zeros, `nbytes` rounded up to whole pages, whose space is reserved.
 
         Args:
             name: for messages.
             nbytes: size in bytes.
+            striped: over all directories; files that are not can be mapped, and take turns among the directories.
 
         Raises:
             StateError: the store is closed.
@@ -216,18 +220,23 @@ class DiskStore:
         """
         if self._closed:
             raise StateError("the engine was closed; prepare the model again")
-        file = DiskFile(name, nbytes, self._directories, self._created, self._chunk_bytes, self._ops)
+        first = self._created % len(self._directories)
+        directories = self._directories if striped else [self._directories[first]]
+        file = DiskFile(name, nbytes, directories, self._created, self._chunk_bytes, self._ops)
         self._created += 1
         self._files.add(file)
         return file
 
-    def read(self, file: DiskFile, buffer: HostBuffer, *, after: Handle | None = None) -> Handle:
-        """Read the whole file into the start of `buffer` once `after` is done.
+    def read(
+        self, file: DiskFile, buffer: HostBuffer, *, after: Handle | None = None, span: Span | None = None
+    ) -> Handle:
+        """Read the whole file, or a span of it, into the start of `buffer` once `after` is done.
 
         Args:
             file: of this store.
-            buffer: at least `file.nbytes`; nobody else uses it until the handle is done.
+            buffer: at least as large as what is read; nobody else uses it until the handle is done.
             after: the write that the read is to see, or what used the buffer before.
+            span: first byte and number of bytes, whole pages; None is the whole file.
 
         Returns:
             Done when all bytes have arrived; it fails, after everything that had begun has ended, with the first
@@ -236,15 +245,18 @@ class DiskStore:
         Raises:
             StateError: the buffer is too small.
         """
-        return self._submit(f"disk read of {file.name}", file, buffer, after, writing=False)
+        return self._submit(f"disk read of {file.name}", file, buffer, after, span, writing=False)
 
-    def write(self, file: DiskFile, buffer: HostBuffer, *, after: Handle | None = None) -> Handle:
-        """Write the start of `buffer` over the whole file once `after` is done.
+    def write(
+        self, file: DiskFile, buffer: HostBuffer, *, after: Handle | None = None, span: Span | None = None
+    ) -> Handle:
+        """Write the start of `buffer` over the whole file, or a span of it, once `after` is done.
 
         Args:
             file: of this store.
-            buffer: at least `file.nbytes`; nobody changes it until the handle is done.
+            buffer: at least as large as what is written; nobody changes it until the handle is done.
             after: what fills the buffer, or the last read of the file.
+            span: as for `read`.
 
         Returns:
             Done when the bytes are on their way out of RAM; it fails as for `read`, and then the file's content
@@ -253,7 +265,7 @@ class DiskStore:
         Raises:
             StateError: the buffer is too small.
         """
-        return self._submit(f"disk write of {file.name}", file, buffer, after, writing=True)
+        return self._submit(f"disk write of {file.name}", file, buffer, after, span, writing=True)
 
     def close(self) -> None:
         """Finish what is queued, end the threads and close the files."""
@@ -266,19 +278,32 @@ class DiskStore:
             file.close()
 
     def _submit(
-        self, label: str, file: DiskFile, buffer: HostBuffer, after: Handle | None, *, writing: bool
+        self,
+        label: str,
+        file: DiskFile,
+        buffer: HostBuffer,
+        after: Handle | None,
+        span: Span | None,
+        *,
+        writing: bool,
     ) -> Handle:
-        if buffer.nbytes < file.nbytes:
+        start, nbytes = span or (0, file.nbytes)
+        if start % _PAGE_BYTES or nbytes % _PAGE_BYTES or start + nbytes > file.nbytes:
             raise StateError(
-                f"{label}: the buffer has {buffer.nbytes} bytes, and the file {file.nbytes}; take a buffer of the "
-                "file's nbytes"
+                f"{label}: bytes {start} to {start + nbytes} of {file.nbytes} are not whole pages of it"
+            )
+        if buffer.nbytes < nbytes:
+            raise StateError(
+                f"{label}: the buffer has {buffer.nbytes} bytes, and {nbytes} are to be moved; take a larger buffer"
             )
         handle = Handle(label)
         with self._lock:
             if self._closed or not file.acquire():
                 handle.fail(StateError("the engine was closed; prepare the model again"))
                 return handle
-            request = _Request(handle, file, buffer, after, writing, self._metrics, self._delay_s)
+            request = _Request(
+                handle, file, buffer, after, (start, nbytes), writing, self._metrics, self._delay_s
+            )
             (self._writes if writing else self._reads).put(request)
         return handle
 
@@ -348,16 +373,28 @@ class DiskFile:
         if idle:
             self._release_space()
 
-    def chunks(self) -> list[_Chunk]:
-        """The transfers that move the whole file."""
-        return [
-            _Chunk(
-                self._pieces[number % self._stride],
-                number // self._stride * self._chunk_bytes,
-                slice(begin, min(begin + self._chunk_bytes, self.nbytes)),
+    def chunks(self, span: Span) -> list[_Chunk]:
+        """The transfers that move these bytes of the file; their slices count from the first of them."""
+        start, nbytes = span
+        found = []
+        for number in range(start // self._chunk_bytes, -(-(start + nbytes) // self._chunk_bytes)):
+            chunk = number * self._chunk_bytes
+            begin, end = max(start, chunk), min(start + nbytes, chunk + self._chunk_bytes)
+            offset = number // self._stride * self._chunk_bytes + begin - chunk
+            found.append(
+                _Chunk(self._pieces[number % self._stride], offset, slice(begin - start, end - start))
             )
-            for number, begin in enumerate(range(0, self.nbytes, self._chunk_bytes))
-        ]
+        return found
+
+    def map(self) -> mmap.mmap:
+        """The file as memory, by way of the page cache. Where the disk fails, reading it ends the process.
+
+        Raises:
+            StateError: the file is in several pieces.
+        """
+        if len(self._pieces) != 1:
+            raise StateError(f"{self.name} is striped, and cannot be mapped")
+        return mmap.mmap(self._pieces[0].fd, self.nbytes, flags=mmap.MAP_SHARED)
 
     def settle(self, *, written: bool) -> None:
         """After a transfer through the page cache: have the bytes on the disk, and out of RAM."""
@@ -513,14 +550,16 @@ class _Request:
         file: DiskFile,
         buffer: HostBuffer,
         after: Handle | None,
+        span: Span,
         writing: bool,
         metrics: Metrics,
         delay_s: Callable[[str], float] | None,
     ) -> None:
         self._handle, self._file, self._buffer, self._after = handle, file, buffer, after
+        self._span = span
         self._writing, self._metrics, self._delay_s = writing, metrics, delay_s
         self._key = "disk_write" if writing else "disk_read"
-        self._view = buffer.view(file.nbytes)
+        self._view = buffer.view(span[1])
         self._timing = contextlib.ExitStack()
         self._lock = threading.Lock()
         self._left = 0
@@ -535,7 +574,7 @@ class _Request:
             self._error = error
             self._end()
             return ()
-        chunks = self._file.chunks()
+        chunks = self._file.chunks(self._span)
         self._left = len(chunks)
         self._timing.enter_context(self._metrics.timed(f"{self._key}_s", self._handle.label, lane="disk"))
         return chunks
@@ -566,7 +605,7 @@ class _Request:
         if self._error is not None:
             self._handle.fail(self._error)
             return
-        self._metrics.add(f"{self._key}_bytes", self._file.nbytes)
+        self._metrics.add(f"{self._key}_bytes", self._span[1])
         self._handle.complete()
 
     def _keep(self, error: BaseException) -> None:

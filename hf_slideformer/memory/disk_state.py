@@ -1,49 +1,58 @@
-"""Optimizer state that lives on disk between updates, and the host buffers that it passes through.
+"""Training state that lives on disk, and the host buffers that it passes through.
 
-A unit's residuals and moments are one file. Whoever needs them borrows a buffer: a thread fills it, in the order of the
-requests and as soon as a buffer is free, so that reads run ahead of the updates. Given back, it is written by another
-thread, and is free when that is done.
+Each unit there has one file. Whoever needs a part of it borrows a buffer from a desk: a thread fills it, in the order of
+the requests and as soon as a buffer is free, so that reads run ahead of what uses them. Given back, it is written by
+another thread if it was changed, and is free when that is done. Updates and fetches have desks of their own, so that
+neither waits for buffers that the other holds.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Callable, Mapping
 
 import torch
 
 from ..errors import StateError
-from .disk import DiskFile, DiskStore
-from .layout import DiskLayout
-from .pinned import HostBuffer
+from .disk import DiskFile, DiskStore, Span
+from .pinned import HostBuffer, MappedFile
 from .transfer import Handle, Lane
 
 _CPU = torch.device("cpu")
 
 
 class Loan:
-    """A unit's state on its way into a buffer.
+    """A part of a unit's file on its way into a buffer.
 
     `ready` completes when the buffer holds it; it fails where reading did. Every loan must be given back once.
     """
 
-    __slots__ = ("_buffer", "_owner", "ready", "unit")
+    __slots__ = ("_buffer", "_desk", "ready", "unit")
 
-    def __init__(self, owner: DiskState, unit: int) -> None:
-        self._owner = owner
+    def __init__(self, desk: Desk, unit: int) -> None:
+        self._desk = desk
         self.unit = unit
         self._buffer: HostBuffer | None = None
-        self.ready = Handle.done()  # replaced by the owner
+        self.ready = Handle.done()  # replaced by the desk
 
     @property
     def buffer(self) -> HostBuffer:
-        """The unit's state, laid out as its `DiskLayout` says; only once `ready` is complete."""
+        """What was borrowed, from its start on; only once `ready` is complete."""
         assert self._buffer is not None, "read before it was ready"
         return self._buffer
 
-    def give_back(self, *, write: bool) -> None:
-        """Let go of the buffer, whose content goes to disk if `write` says so. Waits for a read that still runs."""
-        self._owner.take_back(self, write=write)
+    def give_back(
+        self, *, write: bool = False, nbytes: int | None = None, after: Handle | None = None
+    ) -> None:
+        """Let go of the buffer.
+
+        Args:
+            write: its start goes to the start of the file first. Waits for a read that still runs.
+            nbytes: how much of it goes there; None is all of the file.
+            after: what still reads the buffer.
+        """
+        self._desk.take_back(self, write=write, nbytes=nbytes, after=after)
 
 
 class DiskState:
@@ -51,8 +60,8 @@ class DiskState:
 
     Args:
         store: where files are made.
-        layouts: of each unit's state, by unit; units of no bytes have no file.
-        buffers: number of host buffers.
+        sizes: bytes of each unit's file, by unit; units of no bytes have none.
+        mapped: units whose files are also read and written as memory.
         on_failure: called with the error, in a thread of this object, when a read or write failed: what is on disk can
             no longer be trusted.
 
@@ -63,93 +72,144 @@ class DiskState:
     def __init__(
         self,
         store: DiskStore,
-        layouts: Mapping[int, DiskLayout],
-        buffers: int,
+        sizes: Mapping[int, int],
+        mapped: frozenset[int],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        self._store = store
-        self._on_failure = on_failure
+        self.store = store
+        self.on_failure = on_failure
+        self._desks: list[Desk] = []
         try:
-            self._files: dict[int, DiskFile] = {
-                unit: store.create(f"unit-{unit:05d}", layout.nbytes)
-                for unit, layout in layouts.items()
-                if layout.nbytes
+            self.files: dict[int, DiskFile] = {
+                unit: store.create(f"unit-{unit:05d}", nbytes, striped=unit not in mapped)
+                for unit, nbytes in sizes.items()
+                if nbytes
             }
         except BaseException:
             store.close()
             raise
         # The last write of each unit's file.
-        self._written: dict[int, Handle] = {unit: Handle.done() for unit in self._files}
-        size = max((layout.nbytes for layout in layouts.values()), default=0)
-        self._buffers = [HostBuffer(size) for _ in range(buffers if self._files else 0)]
-        # Buffers that nobody uses, with the write that has to end before they are filled again; None at the end.
-        self._free: queue.SimpleQueue[tuple[HostBuffer, Handle] | None] = queue.SimpleQueue()
-        for buffer in self._buffers:
-            self._free.put((buffer, Handle.done()))
-        # On the CPU a lane does its work itself, one piece after the other.
-        self._reads, self._writes = Lane("state-from-disk", _CPU), Lane("state-to-disk", _CPU)
+        self.written: dict[int, Handle] = {unit: Handle.done() for unit in self.files}
+        self.writes = Lane(
+            "state-to-disk", _CPU
+        )  # on the CPU a lane does its work itself, one piece after the other
 
     @property
     def host_bytes(self) -> int:
         """Bytes of the host buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(desk.nbytes for desk in self._desks)
 
     @property
     def disk_bytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.nbytes for file in self._files.values())
+        return sum(file.nbytes for file in self.files.values())
 
     def __contains__(self, unit: int) -> bool:
-        return unit in self._files
+        return unit in self.files
 
-    def borrow(self, unit: int) -> Loan:
-        """Ask for a unit's state; requests are served in order, each as soon as a buffer is free."""
-        loan = Loan(self, unit)
+    def mapped(self, unit: int) -> MappedFile:
+        """A unit's file as memory."""
+        return MappedFile(self.files[unit].map())
+
+    def open_desk(self, name: str, buffers: int, nbytes: int, *, pin: bool = False) -> Desk:
+        """A set of buffers of `nbytes` each, and the thread that fills them."""
+        self._desks.append(Desk(self, name, buffers if self.files else 0, nbytes, pin=pin))
+        return self._desks[-1]
+
+    def close(self) -> None:
+        """Finish what was asked for and let go of the files; requests that still wait for a buffer fail."""
+        for desk in self._desks:
+            desk.close()
+        self.writes.close()
+        self.store.close()
+
+
+class Desk:
+    """Buffers that units' files are read into; made by `DiskState.open_desk`."""
+
+    def __init__(self, state: DiskState, name: str, buffers: int, nbytes: int, *, pin: bool) -> None:
+        self._state = state
+        self._buffers = [HostBuffer(nbytes, pin=pin) for _ in range(buffers)]
+        # Buffers that nobody borrows, by way of the loan that had one last, with what has to end before they are filled
+        # again; None at the end.
+        self._free: queue.SimpleQueue[tuple[HostBuffer | Loan, Handle] | None] = queue.SimpleQueue()
+        for buffer in self._buffers:
+            self._free.put((buffer, Handle.done()))
+        self._reads = Lane(f"state-for-{name}", _CPU)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def borrow(self, unit: int, span: Span | None = None, *, after: Handle | None = None) -> Loan:
+        """Ask for a part of a unit's file.
+
+        Args:
+            unit: whose.
+            span: first byte and number of bytes; None is all of it.
+            after: the update that it is to see; its write is waited for too.
+        """
+        loan, state = Loan(self, unit), self._state
 
         def fetch() -> None:
-            taken = self._free.get()
-            if taken is None:
-                self._free.put(None)  # for the next one
-                raise StateError("the engine was closed; prepare the model again")
-            buffer, write = taken
+            if after is not None:
+                after.wait_host()
+            buffer = self._take()
             try:
-                write.wait_host()
-                self._written[unit].wait_host()
-                self._store.read(self._files[unit], buffer).wait_host()
+                state.written[unit].wait_host()
+                state.store.read(state.files[unit], buffer, span=span).wait_host()
             except BaseException as error:
                 self._free.put((buffer, Handle.done()))
-                self._on_failure(error)
+                state.on_failure(error)
                 raise
             loan._buffer = buffer
 
         loan.ready = self._reads.submit(f"state of unit {unit} from disk", fetch)
         return loan
 
-    def take_back(self, loan: Loan, *, write: bool) -> None:
+    def _take(self) -> HostBuffer:
+        while True:
+            item = self._free.get()
+            if item is None:
+                self._free.put(None)  # for the next one
+                raise StateError("the engine was closed; prepare the model again")
+            last, done = item
+            if isinstance(last, HostBuffer):
+                try:
+                    done.wait_host()
+                except BaseException:
+                    self._free.put((last, Handle.done()))
+                    raise
+                return last
+            with contextlib.suppress(Exception):  # what read the buffer is over, well or not
+                done.wait_host()
+            if last._buffer is not None:  # else its own read failed, and gave the buffer back
+                return last._buffer
+
+    def take_back(self, loan: Loan, *, write: bool, nbytes: int | None, after: Handle | None) -> None:
         """See `Loan.give_back`."""
+        if not write:
+            self._free.put((loan, after or loan.ready))
+            return
         try:
             loan.ready.wait_host()
         except Exception:
             return  # it never got a buffer, and whoever waits for it has been told
-        buffer, loan._buffer = loan.buffer, None
-        if not write:
-            self._free.put((buffer, Handle.done()))
-            return
+        buffer, state, file = loan.buffer, self._state, self._state.files[loan.unit]
 
         def store() -> None:
             try:
-                self._store.write(self._files[loan.unit], buffer).wait_host()
+                state.store.write(file, buffer, span=(0, nbytes or file.nbytes)).wait_host()
             except BaseException as error:
-                self._on_failure(error)
+                state.on_failure(error)
                 raise
 
-        written = self._writes.submit(f"state of unit {loan.unit} to disk", store)
-        self._written[loan.unit] = written
+        written = state.writes.submit(f"state of unit {loan.unit} to disk", store)
+        state.written[loan.unit] = written
         self._free.put((buffer, written))
 
     def close(self) -> None:
-        """Finish what was asked for and let go of the files; requests that still wait for a buffer fail."""
+        """End the thread."""
         self._free.put(None)
         self._reads.close()
-        self._writes.close()
-        self._store.close()

@@ -184,22 +184,49 @@ class DiskLayout:
     Attributes:
         moment_offsets: bytes, in the order of the moments' parts.
         lo_offset: bytes; -1 where the unit has no residuals.
-        nbytes: size of the file, a multiple of 4096; 0 where the unit has neither.
+        nbytes: of moments and residuals, a multiple of 4096; 0 where the unit has neither.
+        weights_offset: bytes; -1 where weights stay in RAM.
+        grads_offset: bytes; -1 where gradients do.
+        file_bytes: of everything.
     """
 
     moment_offsets: tuple[int, ...]
     lo_offset: int
     nbytes: int
+    weights_offset: int = -1
+    grads_offset: int = -1
+    file_bytes: int = 0
+
+    @property
+    def with_weights(self) -> int:
+        """Bytes up to the end of the weights: what an update writes."""
+        return self.grads_offset if self.grads_offset >= 0 else self.file_bytes
 
 
-def lay_out_on_disk(layout: UnitLayout, moments: MomentFormat) -> DiskLayout:
-    """The layout of a unit's moments and master residuals on disk: the moments' parts in order, then residuals."""
+def lay_out_on_disk(
+    layout: UnitLayout, moments: MomentFormat, *, weights: bool = False, grad_bytes: int = 0
+) -> DiskLayout:
+    """The layout of a unit's state on disk: the moments' parts in order, then residuals, weights and gradients.
+
+    Args:
+        layout: of the unit.
+        moments: how they are stored.
+        weights: whether weights are there too.
+        grad_bytes: of gradients that wait there for their update.
+    """
     offsets = []
     nbytes = 0
+
+    def place(size: int) -> int:
+        nonlocal nbytes
+        offset, nbytes = nbytes, nbytes + _aligned(size, DISK_ALIGN_BYTES)
+        return offset if size else -1
+
     for part in moments.parts:
         offsets.append(nbytes)
-        nbytes += _aligned(part.entries(layout.state_numel) * part.dtype.itemsize, DISK_ALIGN_BYTES)
-    if not layout.lo_numel:
-        return DiskLayout(tuple(offsets), -1, nbytes)
-    residual_bytes = layout.lo_numel * torch.int16.itemsize
-    return DiskLayout(tuple(offsets), nbytes, nbytes + _aligned(residual_bytes, DISK_ALIGN_BYTES))
+        place(part.entries(layout.state_numel) * part.dtype.itemsize)
+    lo_offset = place(layout.lo_numel * torch.int16.itemsize)
+    state_bytes = nbytes
+    weights_offset = place(layout.weight_bytes if weights else 0)
+    grads_offset = place(grad_bytes)
+    return DiskLayout(tuple(offsets), lo_offset, state_bytes, weights_offset, grads_offset, nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .layout import DiskLayout, MomentFormat, MomentPart, Segment, UnitLayout
-from .pinned import BufferView, HostBuffer
+from .pinned import BufferView, HostBuffer, MappedFile
 
 
 class UnitMemory:
@@ -19,18 +19,33 @@ class UnitMemory:
         layout: places of the unit's parameters.
         pin: pin weights and gradients.
         on_disk: residuals and moments live on disk.
+        mapped: the file, where weights and gradients do so too, and its layout.
     """
 
-    def __init__(self, layout: UnitLayout, *, pin: bool, on_disk: bool = False) -> None:
+    def __init__(
+        self,
+        layout: UnitLayout,
+        *,
+        pin: bool,
+        on_disk: bool = False,
+        mapped: tuple[MappedFile, DiskLayout] | None = None,
+    ) -> None:
         self.layout = layout
         self._pin = pin
-        self.weights = HostBuffer(layout.weight_bytes, pin=pin)
+        self._mapped = mapped
+        self.weights: HostBuffer | BufferView = (
+            HostBuffer(layout.weight_bytes, pin=pin)
+            if mapped is None
+            else BufferView(mapped[0], mapped[1].weights_offset)
+        )
+        # Where an update reads and writes weights.
+        self.master_weights: HostBuffer | BufferView = self.weights
         self.on_disk = on_disk
         self.lo: HostBuffer | BufferView | None = None
         if layout.lo_numel and not on_disk:
             self.lo = HostBuffer(layout.lo_numel * 2)
         self._moments: dict[MomentPart, HostBuffer] | dict[MomentPart, BufferView] = {}
-        self.grads: HostBuffer | None = None
+        self.grads: HostBuffer | BufferView | None = None
         self.grads_fp32 = False
 
     def allocate_moments(self, moments: MomentFormat) -> None:
@@ -43,6 +58,8 @@ class UnitMemory:
 
     def attach(self, buffer: HostBuffer, places: DiskLayout, moments: MomentFormat) -> None:
         """Use residuals and moments in a buffer that was read from disk, until `detach`."""
+        if places.weights_offset >= 0:
+            self.master_weights = BufferView(buffer, places.weights_offset)
         if places.lo_offset >= 0:
             self.lo = BufferView(buffer, places.lo_offset)
         if self.layout.state_numel:
@@ -54,6 +71,7 @@ class UnitMemory:
     def detach(self) -> None:
         """Forget the attached buffer."""
         self.lo, self._moments = None, {}
+        self.master_weights = self.weights
 
     def allocate_gradients(self, *, fp32: bool, from_device: bool = True, least_bytes: int = 0) -> None:
         """Map the gradient buffer (once per kind): in the weights' dtypes, or in fp32.
@@ -66,6 +84,9 @@ class UnitMemory:
         """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
+            if self._mapped is not None:
+                self.grads, self.grads_fp32 = BufferView(self._mapped[0], self._mapped[1].grads_offset), fp32
+                return
             self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
             self.grads_fp32 = fp32
 
@@ -105,7 +126,7 @@ class UnitMemory:
         return grad_view(self.grads, segment, fp32=self.grads_fp32)
 
 
-def grad_view(buffer: HostBuffer, segment: Segment, *, fp32: bool) -> torch.Tensor:
+def grad_view(buffer: HostBuffer | BufferView, segment: Segment, *, fp32: bool) -> torch.Tensor:
     """A parameter's gradient inside a gradient buffer laid out in fp32 or in the weights' dtypes."""
     spec = segment.spec
     if fp32:

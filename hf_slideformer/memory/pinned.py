@@ -81,12 +81,32 @@ class HostBuffer:
         return memoryview(self._map)[:nbytes]
 
 
+class MappedFile:
+    """A file on disk that is used like a host buffer, by way of the page cache.
+
+    What is read and written here and by direct I/O is the same as long as it is not done at once: the kernel writes
+    changed pages before a direct read, and drops pages before a direct write.
+    """
+
+    pinned = False
+    nbytes = 0  # of RAM that anyone has to provide
+
+    def __init__(self, mapping: mmap.mmap) -> None:
+        self._map = mapping
+
+    def tensor(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
+        """See `HostBuffer.tensor`."""
+        if numel == 0:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=numel, offset=offset_bytes)
+
+
 class BufferView:
     """A part of a host buffer that is used like one: offsets count from `base_bytes`."""
 
     __slots__ = ("_base_bytes", "_buffer")
 
-    def __init__(self, buffer: HostBuffer, base_bytes: int) -> None:
+    def __init__(self, buffer: HostBuffer | MappedFile, base_bytes: int) -> None:
         self._buffer = buffer
         self._base_bytes = base_bytes
 

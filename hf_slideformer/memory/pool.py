@@ -9,13 +9,14 @@ on the current stream. Neither blocks the host, except for work that has not bee
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from ..metrics import Metrics
+from .disk_state import Loan
 from .layout import UnitLayout
 from .transfer import Handle, Lane, compute_event
 
@@ -46,6 +47,11 @@ class WeightSource(Protocol):
     @property
     def pending_update(self) -> Handle | None:
         """Handle of an update that the next fetch must wait for."""
+        ...
+
+    @property
+    def borrow_weights(self) -> Callable[[], Loan] | None:
+        """Asks for weights that live on disk, as they are after the pending update; None for those in RAM."""
         ...
 
 
@@ -189,12 +195,22 @@ class SlotPool:
         self._clock += 1
         slot.unit, slot.last_use = unit.index, self._clock
         target = slot.buffer[:nbytes]
-        slot.handle = self._lane.submit(
-            f"fetch of {unit.name}",
-            lambda: target.copy_(host, non_blocking=True),
-            after=after,
-            after_events=(slot.released,),  # hazard "slot reuse"
-        )
+        loan = unit.borrow_weights() if unit.borrow_weights is not None else None
+        if loan is None:
+            slot.handle = self._lane.submit(
+                f"fetch of {unit.name}",
+                lambda: target.copy_(host, non_blocking=True),
+                after=after,
+                after_events=(slot.released,),  # hazard "slot reuse"
+            )
+        else:
+            slot.handle = self._lane.submit(
+                f"fetch of {unit.name}",
+                lambda: target.copy_(loan.buffer.tensor(torch.uint8, 0, nbytes), non_blocking=True),
+                after=(loan.ready,),  # which waits for the update
+                after_events=(slot.released,),
+            )
+            loan.give_back(after=slot.handle)
         self._metrics.add("h2d_bytes", nbytes)
 
     def _release(self, slot: _Slot) -> None:

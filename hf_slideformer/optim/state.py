@@ -30,7 +30,7 @@ from ..memory.layout import (
     moment_format_of,
 )
 from ..memory.manager import UnitMemory
-from ..memory.pinned import HostBuffer
+from ..memory.pinned import BufferView, HostBuffer
 from ..memory.transfer import Handle
 
 # By moment format, and whether the master is split.
@@ -299,14 +299,14 @@ class UnitUpdate:
         drop: to be called where it will not run.
     """
 
-    run: Callable[[HostBuffer], None]
+    run: Callable[[HostBuffer | BufferView], None]
     after: tuple[Handle, ...] = ()
     drop: Callable[[], None] = lambda: None
 
 
 def update_unit(
     memory: UnitMemory,
-    grads: HostBuffer,
+    grads: HostBuffer | BufferView,
     grads_fp32: bool,
     runs: Sequence[UpdateRun],
     threads: int,
@@ -325,7 +325,7 @@ def update_unit(
         else:
             grad = grads.tensor(spec.dtype, first.grad_offset, numel)
         apply_update(
-            memory.weights.tensor(spec.dtype, first.weight_offset, numel),
+            memory.master_weights.tensor(spec.dtype, first.weight_offset, numel),
             residual,
             grad,
             memory.flat_moments(first.state_offset, numel),

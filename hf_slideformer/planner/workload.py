@@ -71,7 +71,8 @@ class Decisions:
         staging_buffers: host buffers that gradients pass through.
         outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
         on_disk: indices of the streamed units whose master residuals and moments are on disk between updates; their
-            weights and gradients stay in RAM.
+            weights and gradients stay in RAM, but for those of `weights_on_disk`.
+        weights_on_disk: those among them whose weights, and gradients that wait for clipping, are on disk as well.
         disk_buffers: host buffers, each as large as the largest such state, that it passes through.
     """
 
@@ -82,6 +83,7 @@ class Decisions:
     outside_state: str = "GPU"
     on_disk: tuple[int, ...] = ()
     disk_buffers: int = 0
+    weights_on_disk: tuple[int, ...] = ()
 
     @classmethod
     def of(

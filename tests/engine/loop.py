@@ -87,6 +87,7 @@ def decide(
     outside_state: str = "GPU",
     on_disk: Collection[int] = (),
     disk_buffers: int = 3,
+    weights_on_disk: Collection[int] = (),
 ) -> Decisions:
     """Decisions by hand: which units are resident, keep or offload their activations, have state on disk."""
     return Decisions(
@@ -100,6 +101,7 @@ def decide(
         outside_state=outside_state,
         on_disk=tuple(on_disk),
         disk_buffers=disk_buffers if on_disk else 0,
+        weights_on_disk=tuple(weights_on_disk),
     )
 
 

@@ -35,6 +35,11 @@ PLACEMENTS = {
     "the last ones": decide(on_disk=(4, 5)),
     "beside residents": decide(resident=(0, 1), keep=(5,), on_disk=(2, 3, 4, 5), disk_buffers=2),
     "one buffer": decide(on_disk=ALL, disk_buffers=1),
+    "all of everything": decide(on_disk=ALL, weights_on_disk=ALL),
+    "weights of some": decide(
+        resident=(0,), on_disk=(1, 3, 4), weights_on_disk=(1, 4), disk_buffers=2, slots=2
+    ),
+    "all, activations offloaded": decide(offload=ALL, on_disk=ALL, weights_on_disk=ALL, disk_buffers=1),
     "offloaded activations": decide(offload=ALL, on_disk=ALL, slots=2, outside_state="RAM"),
 }
 
@@ -107,7 +112,7 @@ def test_overlapped_updates(tmp_path, in_ram, placement):
 
 
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
-@pytest.mark.parametrize("placement", ["everything", "every other unit", "one buffer"])
+@pytest.mark.parametrize("placement", ["everything", "every other unit", "one buffer", "all of everything"])
 def test_a_slow_disk_changes_no_bit(tmp_path, in_ram, placement, update):
     source = random.Random(0)
 
@@ -120,8 +125,9 @@ def test_a_slow_disk_changes_no_bit(tmp_path, in_ram, placement, update):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 masters"])
-def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype):
-    on_disk = train(_prepare(tmp_path, PLACEMENTS["everything"], dtype), 3, max_norm=0.5)
+@pytest.mark.parametrize("placement", ["everything", "all of everything"])
+def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype, placement):
+    on_disk = train(_prepare(tmp_path, PLACEMENTS[placement], dtype), 3, max_norm=0.5)
     saved = on_disk.optimizer.state_dict()
     weights = on_disk.engine.state_dict_as_loaded(on_disk.model) or on_disk.model.state_dict()
     weights = {name: value.clone() for name, value in weights.items()}
@@ -149,7 +155,7 @@ def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype):
 @pytest.mark.parametrize("how", ["copy_", "data"])
 def test_writes_from_outside_clear_the_residual_on_disk(tmp_path, how):
     runs = []
-    for decisions in (decide(), decide(on_disk=ALL)):
+    for decisions in (decide(), decide(on_disk=ALL), PLACEMENTS["all of everything"]):
         run = train(_prepare(tmp_path, decisions, torch.float32), 2, max_norm=0.5)
         runs.append(run)
         weight = run.model.model.layers[2].mlp.up_proj.weight
@@ -160,7 +166,8 @@ def test_writes_from_outside_clear_the_residual_on_disk(tmp_path, how):
                 weight.data.copy_(torch.full_like(weight, 0.25))
                 run.engine.weights_changed([weight])
         train(run, 2, max_norm=0.5, seed=3)
-    assert_same_bits(*runs)
+    assert_same_bits(*runs[:2])
+    assert_same_bits(runs[0], runs[2])
 
 
 def test_a_second_optimizer_starts_from_zero(tmp_path):
@@ -274,8 +281,8 @@ def test_a_residual_that_was_cleared_stays_cleared_when_only_read(tmp_path, read
     assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("on_disk", [(), ALL])
-def test_two_steps_without_a_forward_between_them(tmp_path, on_disk):
+@pytest.mark.parametrize("decisions", [decide(), decide(on_disk=ALL), PLACEMENTS["all of everything"]])
+def test_two_steps_without_a_forward_between_them(tmp_path, decisions):
     def run(decisions, delays, *, waits):
         found = _prepare(tmp_path, decisions, delays=delays)
         generator = torch.Generator().manual_seed(1)
@@ -291,7 +298,7 @@ def test_two_steps_without_a_forward_between_them(tmp_path, on_disk):
         return found
 
     slow = {"update": lambda _: 0.01, "disk": lambda _: 0.002}
-    assert_same_bits(run(decide(on_disk=on_disk), slow, waits=False), run(decide(), None, waits=True))
+    assert_same_bits(run(decisions, slow, waits=False), run(decide(), None, waits=True))
 
 
 def test_an_engine_that_its_own_thread_collects_ends_its_threads(tmp_path):
