@@ -1,7 +1,7 @@
 """Training state that lives on disk, and the host buffers that it passes through.
 
-Each unit there has one file. Whoever needs a part of it borrows a buffer from a desk: a thread fills it, in the order of
-the requests and as soon as a buffer is free, so that reads run ahead of what uses them. Given back, it is written by
+Each unit there has one file. Whoever needs a part of it borrows a buffer from a desk: a thread fills it, in the order
+of the requests and as soon as a buffer is free, so that reads run ahead of what uses them. Given back, it is written by
 another thread if it was changed, and is free when that is done. Updates and fetches have desks of their own, so that
 neither waits for buffers that the other holds.
 """

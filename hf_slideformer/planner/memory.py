@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory.layout import MomentFormat, ParamSpec, UnitLayout, lay_out, lay_out_on_disk
+from ..memory.layout import DiskLayout, MomentFormat, ParamSpec, UnitLayout, lay_out, lay_out_on_disk
 from .workload import Budgets, Decisions, Workload
 
 # Blocks of torch's CUDA allocator, and pages of host buffers.
@@ -99,6 +99,7 @@ class MemoryModel:
     Attributes:
         ram_state: bytes of each unit's residuals and moments in RAM, if they are there.
         disk_state: the same on disk.
+        disk_whole: with weights, and gradients that wait.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -132,6 +133,7 @@ class MemoryModel:
             residuals + state for residuals, state in zip(self._ram_residuals, self._ram_moments, strict=True)
         ]
         self.disk_state = [lay_out_on_disk(layout, moments).nbytes for layout in layouts]
+        self.disk_whole = [disk_layout(workload, layout).file_bytes for layout in layouts]
         trainable = [spec for spec in workload.outside if spec.trainable]
         late = [spec for spec in trainable if spec.name in workload.last_gradients]
         early = [spec for spec in trainable if spec.name not in workload.last_gradients]
@@ -329,17 +331,21 @@ class MemoryModel:
         on_gpu, streamed = workload.on_gpu, self._streamed(decisions)
         on_disk = set(decisions.on_disk)
         in_ram = [unit for unit in streamed if unit not in on_disk] if on_disk else streamed
+        whole = set(decisions.weights_on_disk)
+        holding = [unit for unit in streamed if unit not in whole] if whole else streamed
         items = [
-            Item("RAM", "weights", sum(self._ram_weights[unit] for unit in streamed), on_gpu),
+            Item("RAM", "weights", sum(self._ram_weights[unit] for unit in holding), on_gpu),
             Item("RAM", "master residuals", sum(self._ram_residuals[unit] for unit in in_ram)),
         ]
         if workload.training:
             items.append(Item("RAM", "moments", sum(self._ram_moments[unit] for unit in in_ram)))
         items.append(Item("RAM", "disk buffers", self._disk_buffers(decisions)))
+        if whole:
+            items.append(Item("RAM", "weight buffers", self._weight_buffers(decisions), on_gpu))
         if not workload.training:
             return items
         if not workload.overlapped:
-            nbytes = sum(self._ram_gradients[unit] for unit in streamed)
+            nbytes = sum(self._ram_gradients[unit] for unit in holding)
             items.append(Item("RAM", "gradients", nbytes, on_gpu and not workload.fp32_sums))
         largest = max((self._grad_bytes[unit] for unit in streamed), default=0)
         items.append(Item("RAM", "gradient staging", decisions.staging_buffers * _pages(largest), on_gpu))
@@ -347,7 +353,7 @@ class MemoryModel:
             # An input waits where the unit's gradient will come, if there is such a place.
             places = dict.fromkeys(streamed, 0)
             if not workload.overlapped and not workload.fp32_sums:
-                places |= {unit: self._ram_gradients[unit] for unit in streamed if self._grad_bytes[unit]}
+                places |= {unit: self._ram_gradients[unit] for unit in holding if self._grad_bytes[unit]}
             inputs = sum(
                 max(0, _pages(profile.boundary_bytes) - places.get(unit, 0))
                 for unit, profile in enumerate(workload.profile.units)
@@ -370,17 +376,31 @@ class MemoryModel:
         return sum(item.nbytes for item in self.ram_items(decisions))
 
     def _disk_buffers(self, decisions: Decisions) -> int:
-        return decisions.disk_buffers * max((self.disk_state[unit] for unit in decisions.on_disk), default=0)
+        return decisions.disk_buffers * max(self._file_bytes(decisions), default=0)
+
+    def _weight_buffers(self, decisions: Decisions) -> int:
+        """Bytes of the buffers through which weights on disk go to their slots, as many as slots."""
+        return decisions.slots * max(
+            (self._ram_weights[unit] for unit in decisions.weights_on_disk), default=0
+        )
+
+    def _file_bytes(self, decisions: Decisions) -> list[int]:
+        whole = set(decisions.weights_on_disk)
+        return [(self.disk_whole if unit in whole else self.disk_state)[unit] for unit in decisions.on_disk]
 
     # -- disk ------------------------------------------------------------------------------------------------
 
     def disk_bytes(self, decisions: Decisions) -> int:
         """Bytes on disk, from loading on."""
-        return sum(self.disk_state[unit] for unit in decisions.on_disk)
+        return sum(self._file_bytes(decisions))
 
     def disk_items(self, decisions: Decisions) -> list[Item]:
         """What lies on disk."""
-        return [Item("disk", "residuals and moments", self.disk_bytes(decisions))]
+        state = sum(self.disk_state[unit] for unit in decisions.on_disk)
+        return [
+            Item("disk", "residuals and moments", state),
+            Item("disk", "weights and gradients", self.disk_bytes(decisions) - state),
+        ]
 
     # -- phases ----------------------------------------------------------------------------------------------
 
@@ -421,10 +441,13 @@ class MemoryModel:
         disk go there through one of the buffers that are there for it.
         """
         now = peak = self._source_outside + sum(self._source) + self._disk_buffers(decisions)
+        now = peak = peak + self._weight_buffers(decisions)
+        whole = set(decisions.weights_on_disk)
         resident, on_disk = set(decisions.resident), set(decisions.on_disk)
         for unit, nbytes in enumerate(self._source):
             if unit not in resident:
-                now += self._ram_weights[unit] + (0 if unit in on_disk else self._ram_residuals[unit])
+                now += 0 if unit in whole else self._ram_weights[unit]
+                now += 0 if unit in on_disk else self._ram_residuals[unit]
             peak = max(peak, now)
             now -= nbytes
         if decisions.outside_state == "RAM":
@@ -460,3 +483,11 @@ def _pages(nbytes: int) -> int:
 
 def _moment_pages(layout: UnitLayout, moments: MomentFormat) -> int:
     return sum(_pages(part.entries(layout.state_numel) * part.dtype.itemsize) for part in moments.parts)
+
+
+def disk_layout(workload: Workload, layout: UnitLayout, *, weights: bool = True) -> DiskLayout:
+    """A unit's file on disk: optimizer state, and weights and the gradients that wait if they are there too."""
+    waiting = 0
+    if weights and workload.training and not workload.overlapped:
+        waiting = 4 * layout.state_numel if workload.fp32_sums else layout.grad_bytes
+    return lay_out_on_disk(layout, workload.moments, weights=weights, grad_bytes=waiting)

@@ -127,7 +127,9 @@ class Plan:
 
     def _on_disk(self) -> str:
         count = len(self.decisions.on_disk)
-        return f"optimizer state of {_units(count)} on disk; " if count else ""
+        whole = len(self.decisions.weights_on_disk)
+        weights = f", weights and gradients of {_units(whole)} too" if whole else ""
+        return f"optimizer state of {_units(count)} on disk{weights}; " if count else ""
 
     def _activations(self) -> str:
         if self.batch_size is None:

@@ -214,8 +214,22 @@ class _Search:
             decisions = replace(decisions, on_disk=chosen, disk_buffers=held)
             relief = sum(in_ram[unit] for unit in chosen) - held * max(on_disk[unit] for unit in chosen)
             if relief >= short and self._fits_ram(decisions):
-                break
-        return decisions
+                return decisions
+        return self._with_weights_on_disk(decisions, units)
+
+    def _with_weights_on_disk(self, decisions: Decisions, units: Sequence[int]) -> Decisions:
+        """The same decisions with weights and gradients of the fewest units on disk with which RAM suffices; of all
+        units if it never does.
+        """
+
+        def moved(count: int) -> Decisions:
+            return replace(decisions, weights_on_disk=_evenly(units, count))
+
+        low, high = 1, len(units)
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._fits_ram(moved(middle)) else (middle + 1, high)
+        return moved(low)
 
     def _most_kept(self, decide: Callable[[int], Decisions], guess: int) -> int | None:
         """The most units whose activations can be kept on the GPU, looked for around `guess`.
@@ -433,7 +447,7 @@ def _remedies(question: _Question, plan: Plan, tier: str) -> list[str]:
             hints.append(f"With {' and '.join(labels)} {_what_fits(other, tier)}.")
             solved = True
     if not solved and tier != "disk":
-        hints.append("No setting makes it fit; weights and gradients on disk are not available yet.")
+        hints.append("No setting makes it fit.")
     return hints
 
 

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 
 from ..hardware import Hardware
-from ..memory.layout import lay_out_on_disk
+from .memory import disk_layout
 from .presets import disk_rates
 from .workload import Decisions, Workload
 
@@ -128,6 +128,10 @@ class Durations:
     outside_update: float
     disk_read: list[float]  # of a unit's residuals and moments
     disk_write: list[float]
+    whole_read: list[float]  # with weights, and gradients that wait
+    whole_write: list[float]  # with weights
+    fetch_read: list[float]  # of weights
+    gradients_write: list[float]
     launch: float = 1.0
 
     @classmethod
@@ -174,7 +178,8 @@ class Durations:
         cpu = _UPDATE_SHARE * hardware.cpu_adamw[moments] * update_speed
         gpu = hardware.gpu_adamw[moments] * compute_speed
         read, write = disk_rates(hardware)
-        on_disk = [lay_out_on_disk(layout, workload.moments).nbytes for layout in layouts]
+        places = [disk_layout(workload, layout) for layout in layouts]
+        read, write = read * disk_speed, write * disk_speed
         # While copies run both ways the update is slowed from one measured rate to the other; so each second of copying
         # costs it a part of a second.
         loaded = min(1.0, hardware.cpu_adamw_loaded[moments] / hardware.cpu_adamw[moments])
@@ -200,8 +205,12 @@ class Durations:
             outside_gradients=outside_grads / d2h,
             outside_weights=outside_bytes / h2d,
             outside_update=outside_numel / cpu,
-            disk_read=[nbytes / (read * disk_speed) for nbytes in on_disk],
-            disk_write=[nbytes / (write * disk_speed) for nbytes in on_disk],
+            disk_read=[place.nbytes / read for place in places],
+            disk_write=[place.nbytes / write for place in places],
+            whole_read=[place.file_bytes / read for place in places],
+            whole_write=[place.with_weights / write for place in places],
+            fetch_read=[layout.weight_bytes / read for layout in layouts],
+            gradients_write=[(place.file_bytes - place.with_weights) / write for place in places],
             launch=1.0 / launch_speed,
         )
 
@@ -243,6 +252,7 @@ class _Load:
             update = [seconds * (1 + share) for seconds in update]
 
         m = times.micro_batches
+        whole, refetched = set(decisions.weights_on_disk), set(fetched_again)
         outside = decisions.outside_state == "RAM"
         launch_backward = sum(_LAUNCH_KEPT_BACKWARD_S if keep else _LAUNCH_BACKWARD_S for keep in keeps)
         load = cls(
@@ -269,7 +279,14 @@ class _Load:
                 + _LAUNCH_STEP_S
                 + len(resident) * _LAUNCH_UPDATE_S
             ),
-            DISK: sum(times.disk_read[k] + times.disk_write[k] for k in decisions.on_disk),
+            DISK: sum(
+                times.whole_read[k]
+                + times.whole_write[k]
+                + m * ((1 + (k in refetched)) * times.fetch_read[k] + times.gradients_write[k])
+                if k in whole
+                else times.disk_read[k] + times.disk_write[k]
+                for k in decisions.on_disk
+            ),
         }
         return load
 
@@ -458,7 +475,7 @@ class _Step:
         self.staged = decisions.staging_buffers > 0 and (times.overlapped or times.micro_batches > 1)
         self.host = self.compute = self.h2d = self.d2h = self.issued = 0.0
         self.worker = _Worker(decisions.staging_buffers, decisions.disk_buffers)
-        self.on_disk = set(decisions.on_disk)
+        self.on_disk, self.whole = set(decisions.on_disk), set(decisions.weights_on_disk)
         self.pending = [False] * len(load.forward)
         # Slots: the unit in each, when its copy lands, what that waited for, when the slot may be overwritten.
         self.holds: list[int | None] = [None] * decisions.slots
@@ -496,6 +513,12 @@ class _Step:
             self.pending[unit] = False
         self.issued = max(self.issued, self.host, updated)
         start = max(self.h2d, self.issued, self.released[slot])
+        if unit in self.whole:
+            worker = self.worker
+            worker.disk = max(worker.disk, self.issued) + self.times.fetch_read[unit]
+            if worker.disk > start:
+                start = updated = worker.disk
+                by = DISK
         self.h2d = start + self.times.weights[unit] * self.link
         self.uses += 1
         self.holds[slot], self.last_use[slot] = unit, self.uses
@@ -592,6 +615,8 @@ class _Step:
         free, by = self.worker.take_staging() if self.staged else (0.0, UPDATE)
         issued = max(self.host, free)
         self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link
+        if unit in self.whole and not self.times.overlapped:
+            self.worker.disk = max(self.worker.disk, self.d2h) + self.times.gradients_write[unit]
         if self.times.overlapped:
             self._submit_update(unit, self.d2h, staged=True)
         elif self.staged:  # sums go before updates
@@ -602,7 +627,11 @@ class _Step:
         job = _Job(ready, unit, self.load.update[unit], ("update", unit), staged)
         if unit in self.on_disk:
             times = self.times
-            job = job._replace(asked=self.host, read=times.disk_read[unit], write=times.disk_write[unit])
+            whole = unit in self.whole
+            read, write = (
+                (times.whole_read, times.whole_write) if whole else (times.disk_read, times.disk_write)
+            )
+            job = job._replace(asked=self.host, read=read[unit], write=write[unit])
         self.worker.submit(job)
         self.pending[unit] = True
 
