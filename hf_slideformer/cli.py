@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from .engine.blueprint import Blueprint
     from .engine.planning import Planned
     from .hardware import Hardware
-    from .planner.disk import DiskShare
     from .planner.plan import Plan
     from .planner.workload import Budgets, Workload
 
@@ -311,6 +310,10 @@ class _Asked:
             overlap_is_exact=training.max_grad_norm == 0 and training.micro_batches == 1,
             on_gpu=hardware.gpu is not None,
         )
+        if getattr(config, "dtype", None) == dtype:
+            # `from_pretrained` maps such weights; fused experts, which have three dimensions, it makes anew.
+            mapped = {spec.name for spec in blueprint.specs.values() if len(spec.shape) <= 2}
+            blueprint = replace(blueprint, mapped=frozenset(mapped))
         return cls(
             source=options.model,
             training=training,
@@ -457,65 +460,15 @@ def _advice(asked: _Asked, planned: Planned) -> list[str]:
 
 
 def _refuse(asked: _Asked, error: PlanError, *, as_json: bool) -> int:
-    """Say that it does not fit, and with --nvme what a disk would have to hold besides optimizer state."""
+    """Say that it does not fit, what is missing and what would help."""
     message = " ".join(str(error).split())
-    with_disk, share = _beyond_optimizer_state(asked)
     if as_json:
-        disk = {"disk": None if share is None else asdict(share)} if with_disk else {}
-        print(json.dumps({"fits": False, **asked.as_dict(), "error": message, **disk}, indent=2))
+        print(json.dumps({"fits": False, **asked.as_dict(), "error": message}, indent=2))
         return EXIT_DOES_NOT_FIT
     lines = [*asked.lines(), "It does not fit."]
     lines += [f"  {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", message)]
-    if with_disk:
-        lines += _disk_lines(asked.hardware, share)
     print("\n".join(lines))
     return EXIT_DOES_NOT_FIT
-
-
-def _beyond_optimizer_state(asked: _Asked) -> tuple[bool, DiskShare | None]:
-    """Whether no disk is large enough for optimizer state alone to go there, and what would lie where if weights and
-    gradients could too (None if that would not help).
-    """
-    from .planner.disk import optimizer_state_is_enough, share_with_disk
-
-    if asked.training.nvme is None or asked.hardware.gpu is None:
-        return False, None
-    workload, wishes = asked.workload(), asked.training.wishes
-    if optimizer_state_is_enough(workload, asked.budgets, **wishes):
-        return False, None
-    return True, share_with_disk(workload, asked.budgets, **wishes)
-
-
-def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
-    if share is None:
-        return [
-            "With all state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
-        ]
-    assert hardware.disk_bytes is not None, "given by --nvme"
-    enough = "which fits" if share.disk_bytes <= hardware.disk_bytes else "which does not fit"
-    units = share.resident + share.in_ram + share.on_disk
-    places = (
-        (
-            "on the GPU",
-            share.gpu_bytes,
-            hardware.gpu_bytes,
-            f"{share.resident} of {units} units with all their state",
-        ),
-        ("in RAM", share.ram_bytes, hardware.ram_bytes, f"the state of {share.in_ram} units"),
-        ("on disk", share.disk_bytes, hardware.disk_bytes, f"the state of {share.on_disk} units, {enough}"),
-    )
-    lines = ["With weights and gradients on disk too (not available yet) it would lie"]
-    lines += [
-        f"  {place:<12} {_gib(held):>14} of {_gib(there)}: {what}" for place, held, there, what in places
-    ]
-    if hardware.disk_read and hardware.disk_write:
-        read, write = share.seconds(hardware.disk_read, hardware.disk_write)
-        lines.append(
-            f"  a step would read and write all of that at least once: {read:,.0f} s reading at "
-            f"{_rate(hardware.disk_read, 'GB/s')} and {write:,.0f} s writing at {_rate(hardware.disk_write, 'GB/s')} "
-            f"({hardware.source})"
-        )
-    return lines
 
 
 # -- slideformer probe -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import SlideConfig, parse_bytes
 from ..hardware import Hardware, available_gpu_bytes, available_ram_bytes
 from ..memory.disk import free_bytes
+from ..memory.mappings import mapped_from_files
 from ..planner.plan import Plan, check_budgets, describe
 from ..planner.profile import ModelProfile
 from ..planner.solve import solve
@@ -155,9 +156,10 @@ def find_budgets(config: SlideConfig, device: torch.device, model: nn.Module | N
     ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
     if model is not None:
         own = {"cpu": 0, "cuda": 0}
-        for param in model.parameters():
-            own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
-        # Weights that are mapped from a file take no RAM that would come free.
+        params = list(model.parameters())
+        for param, mapped in zip(params, mapped_from_files(params), strict=True):
+            if not mapped:  # what is mapped from a file takes no RAM that would come free
+                own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
         ram += min(own["cpu"], _anonymous_bytes())
         gpu = gpu + own["cuda"] if device.type == "cuda" else ram
     return Budgets(
