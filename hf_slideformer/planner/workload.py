@@ -76,13 +76,15 @@ class Decisions:
 
     Attributes:
         resident: indices of the units whose weights and optimizer state stay on the GPU.
-        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM meanwhile).
+        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM or on disk
+            meanwhile).
         slots: GPU buffers that the other units take turns in; at least 2, of no size where no unit streams.
         staging_buffers: host buffers that gradients pass through.
         outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
         on_disk: indices of the streamed units whose master residuals and moments are on disk between updates; their
             weights and gradients stay in RAM, but for those of `weights_on_disk`.
-        weights_on_disk: those among them whose weights, and gradients that wait for clipping, are on disk as well.
+        weights_on_disk: those among them of which all that waits is on disk as well: weights, gradients for clipping,
+            inputs that are offloaded.
         disk_buffers: host buffers, each as large as the largest such state, that it passes through.
     """
 

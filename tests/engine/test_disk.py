@@ -513,7 +513,9 @@ def test_one_block_at_a_time(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
-@pytest.mark.parametrize("placement", ["everything", "beside residents", "offloaded activations"])
+@pytest.mark.parametrize(
+    "placement", ["everything", "beside residents", "offloaded activations", "all, activations offloaded"]
+)
 def test_disk_changes_no_bit_on_gpu(tmp_path, deterministic, placement, update, states):
     runs = [
         train(
