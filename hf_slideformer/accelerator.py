@@ -7,13 +7,15 @@ Accelerate's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.accelerator import Accelerator  # not from the package, where a launcher may have bound ours
+from accelerate.utils import DistributedType, DynamoBackend
 
 from .checkpoint import (
     OPTIMIZER_FOLDER,
@@ -37,10 +39,35 @@ from .errors import CheckpointError, UnsupportedModelError
 from .optim import SlideAdamW
 
 
+@dataclass(frozen=True, slots=True)
+class SlideFormerPlugin:
+    """How `SlideAccelerator` streams.
+
+    Args:
+        config: a `SlideConfig`, a dict or a YAML path. None takes what the launcher handed on (`accelerate launch` with
+            a `slideformer_config` section), and the defaults without one. Kept as a `SlideConfig`.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+    """
+
+    config: SlideConfig | Mapping[str, Any] | str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        given = self.config
+        object.__setattr__(
+            self, "config", SlideConfig.of_launch() if given is None else SlideConfig.of(given)
+        )
+
+
 class SlideAccelerator(Accelerator):
     """An `Accelerator` whose `prepare` streams the model.
 
-    `configure_slide` sets how; without it the defaults of `SlideConfig` hold.
+    Args: as for `Accelerator`, and `slideformer_plugin`, which says how.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+        UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
     """
 
     _slide_config: SlideConfig | None = None
@@ -48,6 +75,14 @@ class SlideAccelerator(Accelerator):
     _slide_shape: BatchShape | None = None
     _slide_overlap_is_exact = False
     _slide_bf16: bool | None = None
+
+    def __init__(
+        self, *args: Any, slideformer_plugin: SlideFormerPlugin | None = None, **kwargs: Any
+    ) -> None:
+        plugin = SlideFormerPlugin() if slideformer_plugin is None else slideformer_plugin
+        super().__init__(*args, **kwargs)
+        check_environment(self)
+        self._slide_config = SlideConfig.of(plugin.config)
 
     def configure_slide(
         self,
@@ -102,7 +137,10 @@ class SlideAccelerator(Accelerator):
         """Stream `model`; a model that is streamed already is returned as it is."""
         if self._slide_bf16 is None:
             self.configure_slide(
-                SlideConfig(), micro_batches=1, overlap_is_exact=False, shape=self._slide_shape
+                self._slide_config or SlideConfig(),
+                micro_batches=1,
+                overlap_is_exact=False,
+                shape=self._slide_shape,
             )
         settings: dict[str, Any] = {
             "bf16": bool(self._slide_bf16),
@@ -306,12 +344,14 @@ def check_environment(accelerator: Accelerator) -> None:
         UnsupportedModelError: with what to do instead.
     """
     state = accelerator.state
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) or any(
-        getattr(state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")
+    others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    if accelerator.distributed_type in others or any(
+        getattr(state, plugin, None) is not None
+        for plugin in ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
     ):
         raise UnsupportedModelError(
-            "hf_slideformer places the training state itself and cannot run together with DeepSpeed or FSDP; "
-            "remove their configuration"
+            "hf_slideformer places the training state itself and cannot run together with DeepSpeed, FSDP or "
+            "Megatron-LM; remove their configuration"
         )
     if accelerator.num_processes > 1:
         raise UnsupportedModelError(
@@ -322,4 +362,10 @@ def check_environment(accelerator: Accelerator) -> None:
         raise UnsupportedModelError(
             f"mixed precision {accelerator.mixed_precision!r} is not supported; use bf16=True (exact fp32 masters) "
             "or fp32"
+        )
+    dynamo = getattr(state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise UnsupportedModelError(
+            f"layers that are streamed cannot be compiled, and this accelerator has dynamo_backend={dynamo.backend}; "
+            "leave it out"
         )
