@@ -14,8 +14,8 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Arguments that argparse refuses, and `--help`, end the process as argparse does.
     """
-    options = make_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse cannot hand on options that come before the first positional argument.
+    options = make_parser().parse_args(given[:1] if given[:1] == ["launch"] else given)
+    options.rest = given[1:]
     try:
         return options.run(options)
     except (ConfigError, UnsupportedModelError) as error:
         return _failed(error, EXIT_BAD_ARGUMENTS)
     except (SlideFormerError, OSError) as error:
         return _failed(error, EXIT_FAILED)
+    except EOFError:
+        return _failed(ConfigError("the answers ended early; give flags, or --defaults"), EXIT_BAD_ARGUMENTS)
     except KeyboardInterrupt:
         return 130  # what shells report for SIGINT
 
@@ -65,6 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_plan(subcommands)
     _add_probe(subcommands)
+    _add_config(subcommands)
+    _add_launch(subcommands)
     return parser
 
 
@@ -568,6 +575,118 @@ def _rate(value: float, unit: str) -> str:
     scaled = value / (1e12 if unit == "TFLOP/s" else 1e9)
     decimals = 0 if scaled >= 100 else 1 if scaled >= 10 else 2 if scaled >= 1 else 3
     return f"{scaled:,.{decimals}f} {unit}"
+
+
+# -- slideformer launch, slideformer config ----------------------------------------------------------------------------
+
+
+def _add_launch(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "launch",
+        add_help=False,  # Accelerate's own parser has the options
+        help="run a plain Accelerate script, streamed; takes the options of `accelerate launch`",
+    )
+    parser.set_defaults(run=_launch)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from .launch import launch
+
+    return launch(options.rest)
+
+
+def _add_config(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "config",
+        help="write a configuration for `accelerate launch` with a section for slideformer",
+        description="Write a configuration for `accelerate launch` and `slideformer launch`. Without a flag that says "
+        "what to write, it asks.",
+    )
+    parser.add_argument(
+        "--config_file",
+        "--config-file",
+        metavar="FILE",
+        help="where to write; .json for JSON, else YAML (default: Accelerate's own default, which its launch finds)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--defaults", action="store_true", help="write the defaults without asking")
+    parser.add_argument("--mixed_precision", "--mixed-precision", choices=("bf16", "no"), help="default: bf16")
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU though there may be a GPU")
+    settings = parser.add_argument_group("settings, as in SlideConfig")
+    for field in fields(SlideConfig):
+        flag = field.name.replace("_", "-")
+        settings.add_argument(f"--{flag}", metavar="VALUE", help=f"default: {field.default}")
+    parser.set_defaults(run=_config)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from .launch import write_configuration
+
+    settings = {
+        field.name: _setting(field.name, value)
+        for field in fields(SlideConfig)
+        if (value := getattr(options, field.name)) is not None
+    }
+    precision = options.mixed_precision
+    if not settings and precision is None and not options.cpu and not options.defaults:
+        precision, settings = _questions()
+    path = write_configuration(
+        options.config_file,
+        settings,
+        mixed_precision=precision or "bf16",
+        use_cpu=options.cpu,
+        replace=options.force,
+    )
+    print(f"Written to {path}. Run a script with:")
+    named = "" if options.config_file is None else f"--config_file {path} "
+    print(f"  accelerate launch {named}train.py")
+    return EXIT_OK
+
+
+def _setting(name: str, text: str) -> Any:
+    """A flag's text as the value that a configuration holds; what it means is for `SlideConfig` to say."""
+    if name in ("seq_len", "cpu_threads", "trace_steps"):
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"{name} must be a whole number, got {text!r}") from None
+    return text
+
+
+def _questions() -> tuple[str, dict[str, Any]]:
+    """The precision and the settings that somebody answers with; empty answers stand for the defaults."""
+    precision = _ask("Precision, bf16 or no (fp32)", "bf16", lambda text: _one_of(text, ("bf16", "no")))
+    settings: dict[str, Any] = {}
+    for name, question, default in (
+        ("gpu_memory", "GPU memory that may be used, such as 24GiB", "all"),
+        ("cpu_memory", "RAM that may be used, such as 100GiB", "all that is free"),
+        ("nvme_dir", "Directory on an NVMe drive for optimizer state that exceeds RAM", "none"),
+        ("optimizer_states", "AdamW's moments: fp32 (exact) or 8bit (half the memory, other numbers)", "fp32"),
+    ):
+        answer = _ask(question, default, lambda text, name=name: _checked(name, text))
+        if answer != default:
+            settings[name] = answer
+    return precision, settings
+
+
+def _ask(question: str, default: str, check: Callable[[str], str]) -> str:
+    while True:
+        answer = input(f"{question} [{default}]: ").strip()
+        try:
+            return check(answer) if answer and answer != default else default
+        except ConfigError as error:
+            print(error)
+
+
+def _one_of(text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ConfigError(f"{text!r} is not one of {', '.join(choices)}")
+    return text
+
+
+def _checked(name: str, text: str) -> str:
+    SlideConfig.of({name: text})
+    return text
 
 
 if __name__ == "__main__":

@@ -73,6 +73,57 @@ def launch(arguments: Sequence[str]) -> int:
     return 0
 
 
+def write_configuration(
+    path: str | os.PathLike | None,
+    settings: Mapping[str, Any],
+    *,
+    mixed_precision: str = "bf16",
+    use_cpu: bool = False,
+    replace: bool = False,
+) -> Path:
+    """Write an Accelerate configuration of one process with our section.
+
+    Args:
+        path: of the file, YAML or, by its name, JSON; None for the one that Accelerate reads by default.
+        settings: as in `SlideConfig`.
+        mixed_precision: "bf16" or "no".
+        use_cpu: train on the CPU whatever there is.
+        replace: an existing file may be replaced.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigError: settings that cannot be used, or a file that is there.
+    """
+    import yaml
+    from accelerate.commands.config.config_args import default_yaml_config_file
+
+    SlideConfig.of(settings, origin=SECTION)
+    path = Path(default_yaml_config_file if path is None else path).expanduser()
+    if path.exists() and not replace:
+        raise ConfigError(f"{path} is there already; --force replaces it, --config_file names another")
+    content = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "NO",
+        "num_machines": 1,
+        "num_processes": 1,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": mixed_precision,
+        "use_cpu": use_cpu,
+        "debug": False,
+        SECTION: dict(settings),
+    }
+    if path.suffix == ".json":
+        text = json.dumps(content, indent=2) + "\n"
+    else:
+        text = yaml.safe_dump(content, sort_keys=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
 def accept_section(module: ModuleType) -> None:
     """Make the `load_config_from_file` of one of Accelerate's modules accept our section, and launch with it.
 
@@ -289,22 +340,29 @@ class _AfterImport:
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
         self._name = name
         self._then = then
+        self._asking = False
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """As for every finder; None leaves a module to the others."""
-        if name != self._name:
+        if name != self._name or self._asking:
             return None
-        sys.meta_path.remove(self)  # type: ignore[arg-type]
-        spec = importlib.util.find_spec(name)
+        self._asking = True  # the others, which are asked through the same list
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            self._then(module)
+            # Only now: packages are also looked up without being imported, to see whether they are there.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                self._then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
