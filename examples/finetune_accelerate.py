@@ -87,7 +87,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
                 flush=True,
             )
             if options.eval_steps and progress.step % options.eval_steps == 0:
-                accelerator.print(f"step {progress.step}: held-out loss {evaluate(accelerator, model, eval_loader):.6f}")
+                accelerator.print(
+                    f"step {progress.step}: held-out loss {evaluate(accelerator, model, eval_loader):.6f}"
+                )
             if options.save_steps and progress.step % options.save_steps == 0:
                 accelerator.save_state(str(Path(options.output_dir) / f"state-{progress.step}"))
             if progress.step == options.max_steps:

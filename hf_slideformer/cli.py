@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -610,7 +611,9 @@ def _add_config(subcommands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.add_argument("--defaults", action="store_true", help="write the defaults without asking")
-    parser.add_argument("--mixed_precision", "--mixed-precision", choices=("bf16", "no"), help="default: bf16")
+    parser.add_argument(
+        "--mixed_precision", "--mixed-precision", choices=("bf16", "no"), help="default: bf16"
+    )
     parser.add_argument("--cpu", action="store_true", help="train on the CPU though there may be a GPU")
     settings = parser.add_argument_group("settings, as in SlideConfig")
     for field in fields(SlideConfig):
@@ -661,9 +664,13 @@ def _questions() -> tuple[str, dict[str, Any]]:
         ("gpu_memory", "GPU memory that may be used, such as 24GiB", "all"),
         ("cpu_memory", "RAM that may be used, such as 100GiB", "all that is free"),
         ("nvme_dir", "Directory on an NVMe drive for optimizer state that exceeds RAM", "none"),
-        ("optimizer_states", "AdamW's moments: fp32 (exact) or 8bit (half the memory, other numbers)", "fp32"),
+        (
+            "optimizer_states",
+            "AdamW's moments: fp32 (exact) or 8bit (half the memory, other numbers)",
+            "fp32",
+        ),
     ):
-        answer = _ask(question, default, lambda text, name=name: _checked(name, text))
+        answer = _ask(question, default, functools.partial(_checked, name))
         if answer != default:
             settings[name] = answer
     return precision, settings

@@ -301,7 +301,7 @@ def bind_accelerator(accelerate: ModuleType) -> None:
     if not hasattr(accelerate, "__all__"):
         accelerate.__all__ = [name for name in vars(accelerate) if not name.startswith("_")]  # type: ignore[attr-defined]
     del accelerate.Accelerator
-    accelerate.__getattr__ = getattr_  # type: ignore[method-assign, assignment]
+    accelerate.__getattr__ = getattr_  # type: ignore[method-assign]
 
 
 def refuse_plain_trainer(trainer_module: ModuleType) -> None:
@@ -361,7 +361,7 @@ class _AfterImport:
             execute(module)
             # Only now: packages are also looked up without being imported, to see whether they are there.
             if self in sys.meta_path:
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                sys.meta_path.remove(self)
                 self._then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The plain Accelerate script: the same losses with `Accelerator` and with `SlideAccelerator` in its place, resume too."""
+"""The plain Accelerate script with `SlideAccelerator` in `Accelerator`'s place: the same losses, resumed or not."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,13 @@ def run(tiny_model_dir, texts, tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         options = {"model": tiny_model_dir, "dataset": texts, "output-dir": tmp_path / output}
         options |= {"max-steps": 5, "batch-size": 2, "gradient-accumulation-steps": 4, "eval-rows": 4}
-        options |= {"learning-rate": 1e-2, "max-length": 48, "warmup-steps": 1, "eval-steps": 2, "save-steps": 3}
+        options |= {
+            "learning-rate": 1e-2,
+            "max-length": 48,
+            "warmup-steps": 1,
+            "eval-steps": 2,
+            "save-steps": 3,
+        }
         flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
         return finetune_accelerate.main([*flags, *map(str, more)])
 

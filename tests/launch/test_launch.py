@@ -16,8 +16,8 @@ from accelerate.commands import launch as accelerate_launch
 from hf_slideformer import SlideTrainer, cli, launch
 from hf_slideformer.config import CONFIG_VARIABLE
 from hf_slideformer.errors import UnsupportedModelError
-
 from tests.trainer import runs
+
 from .conftest import TRAIN
 
 CONFIG = {"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no", "use_cpu": True}
@@ -57,9 +57,7 @@ def assert_streamed(result, plain_losses, arguments):
     trained = json.loads(result.stdout.splitlines()[-1])
     assert trained["h2d_bytes"] > 0
     assert trained["argv"] == arguments
-    torch.testing.assert_close(
-        torch.tensor(trained["losses"]), torch.tensor(plain_losses), rtol=1e-5, atol=0
-    )
+    torch.testing.assert_close(torch.tensor(trained["losses"]), torch.tensor(plain_losses), rtol=1e-5, atol=0)
 
 
 def test_accelerate_launch_streams(accelerate, train_script, plain_losses, tmp_path):
@@ -198,14 +196,18 @@ REFUSED = {
         [],
         "DeepSpeed",
     ),
-    "megatron": ({"distributed_type": "MEGATRON_LM", "megatron_lm_config": {}, "use_cpu": False}, [], "Megatron"),
+    "megatron": (
+        {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {}, "use_cpu": False},
+        [],
+        "Megatron",
+    ),
     "mpi": ({"mpirun_config": {"mpirun_hostfile": "hosts"}}, [], "mpirun"),
     "fp16": ({"mixed_precision": "fp16"}, [], "fp16"),
     "fp8": ({}, ["--mixed_precision", "fp8"], "fp8"),
     "compiled": ({"dynamo_backend": "INDUCTOR"}, [], "inductor"),
     "no_python": ({}, ["--no_python"], "--no_python"),
     "unknown_key": ({"slideformer_config": {"gpu_memry": "1GiB"}}, [], "did you mean 'gpu_memory'"),
-    "value": ({"slideformer_config": {"placement": "strem"}}, [], "'auto', 'stream'"),
+    "value": ({"slideformer_config": {"placement": "streamed"}}, [], "'auto', 'stream'"),
     "no_mapping": ({"slideformer_config": ["stream"]}, [], "slideformer_config"),
 }
 
@@ -294,8 +296,8 @@ def test_binding_leaves_the_rest_of_accelerate(monkeypatch):
     launch.bind_accelerator(copy)
     assert set(copy.__all__) == set(names)
     assert copy.__getattr__("Accelerator").__name__ == "SlideAccelerator"
-    with pytest.raises(AttributeError, match="'accelerate' has no attribute 'Accelerater'"):
-        copy.__getattr__("Accelerater")
+    with pytest.raises(AttributeError, match="'accelerate' has no attribute 'Accelerators'"):
+        copy.__getattr__("Accelerators")
 
 
 def test_plain_trainer_is_refused(monkeypatch, tmp_path):
@@ -375,7 +377,7 @@ def test_config_replaces_only_when_told(tmp_path, capsys):
 
 def test_config_refuses_what_cannot_be_used(tmp_path, capsys):
     path = tmp_path / "mine.yaml"
-    for flags in (["--seq-len", "long"], ["--placement", "strem"], ["--gpu-memory", "-1"]):
+    for flags in (["--seq-len", "long"], ["--placement", "streamed"], ["--gpu-memory", "-1"]):
         with_flags = ["config", "--config_file", str(path), f"{flags[0]}={flags[1]}"]
         assert cli.main(with_flags) == 2
         assert flags[1] in capsys.readouterr().err

@@ -11,6 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from tests.examples.conftest import make_tokenizer
 
 from .conftest import ROOT, TRAIN
 
@@ -21,9 +24,22 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("hf_slideformer", "kernels"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(
+            ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", target, source],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "-q",
+            "-w",
+            target,
+            source,
+        ],
         check=True,
     )
     (path,) = target.glob("*.whl")
@@ -49,6 +65,27 @@ def environment(wheel, tmp_path_factory):
     return home
 
 
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    set_seed(0)
+    tokenizer = make_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    directory = tmp_path_factory.mktemp("tiny-model")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
 def test_contents(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -61,23 +98,90 @@ def test_contents(wheel):
     assert not any(name.startswith(("tests/", "examples/", "kernels/")) for name in names)
 
 
-@pytest.mark.parametrize("command", ["accelerate launch", "slideformer launch"])
-def test_streams_under(command, environment, tmp_path):
-    program, *arguments = command.split()
+def run_in(environment, directory, *line):
+    """Run a command line of the environment's own, in a process that nothing of this one reaches; its output."""
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    variables |= {"HF_HOME": str(directory), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    program, *arguments = map(str, line)
+    result = subprocess.run(
+        [environment / "bin" / program, *arguments],
+        cwd=directory,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_slideformers_command(environment, tmp_path):
     script, config = tmp_path / "train.py", tmp_path / "slideformer.yaml"
     script.write_text(TRAIN + "    import hf_slideformer; print(hf_slideformer.__file__)\n")
-    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    variables |= {"HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {"PYTHONWARNINGS": "ignore"}
-
-    def run(*line):
-        result = subprocess.run(line, cwd=tmp_path, env=variables, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    binaries = environment / "bin"
-    run(binaries / "slideformer", "config", "--config_file", config, "--placement", "stream", "--cpu")
-    printed = run(binaries / program, *arguments, "--config_file", config, script)
+    run_in(
+        *(environment, tmp_path, "slideformer", "config", "--config_file", config, "--placement", "stream"),
+        *("--cpu", "--mixed-precision", "no"),
+    )
+    printed = run_in(environment, tmp_path, "slideformer", "launch", "--config_file", config, script)
     trained, imported = printed.splitlines()[-2:]
     assert json.loads(trained)["h2d_bytes"] > 0
     assert Path(imported).is_relative_to(environment)
+
+
+# Runs another script, and prints what its accelerator has streamed.
+WITNESS = """
+import runpy, sys
+from accelerate import Accelerator
+
+def end_training(accelerator, end=Accelerator.end_training):
+    engine = sys.modules.get("hf_slideformer.engine.engine")
+    models = accelerator._models
+    print("bytes:", sum(engine.engine_of(m).metrics.totals()["h2d_bytes"] for m in models) if engine else 0)
+    end(accelerator)
+
+Accelerator.end_training = end_training
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_example_under_accelerate_launch(environment, tiny_model, tmp_path):
+    """Accumulation, clipping, a scheduler, evaluation, saving, and going on: the losses of plain Accelerate."""
+    (tmp_path / "witness.py").write_text(WITNESS)
+    rows = [{"text": "Return the sum of the values " * (1 + number % 4)} for number in range(34)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    launch = {"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no", "use_cpu": True}
+    printed = {}
+    for name, section in (("plain", {}), ("slide", {"slideformer_config": {"placement": "stream"}})):
+        config = tmp_path / f"{name}.json"
+        config.write_text(json.dumps(launch | section))
+        line = ["accelerate", "launch", "--config_file", config, "witness.py"]
+        line += [
+            ROOT / "examples" / "finetune_accelerate.py",
+            "--model",
+            tiny_model,
+            "--dataset",
+            "rows.jsonl",
+        ]
+        line += ["--batch-size", "2", "--gradient-accumulation-steps", "4", "--learning-rate", "1e-2"]
+        line += ["--max-steps", "5", "--eval-steps", "2", "--eval-rows", "4", "--save-steps", "3"]
+        printed[name] = run_in(environment, tmp_path, *line, "--output-dir", name).splitlines()
+        if name == "slide":
+            resumed = run_in(environment, tmp_path, *line, "--resume-from", "slide/state-3").splitlines()
+    numbers = {name: [line for line in lines if "loss" in line] for name, lines in printed.items()}
+    assert len(numbers["plain"]) == 7
+    for ours, theirs in zip(numbers["slide"], numbers["plain"], strict=True):
+        assert_same_numbers(ours, theirs)
+    assert [line for line in resumed if "loss" in line] == numbers["slide"][-3:]
+    assert [line for line in printed["plain"] if line.startswith("bytes")] == ["bytes: 0"]
+    assert float(printed["slide"][-1].removeprefix("bytes:")) > 0
+
+
+def assert_same_numbers(ours, theirs):
+    """Two printed lines have the same words, and numbers that agree to their last digits."""
+    for one, two in zip(ours.replace(",", "").split(), theirs.replace(",", "").split(), strict=True):
+        if "." in two:
+            assert float(one) == pytest.approx(float(two), rel=1e-5, abs=2e-6), (ours, theirs)
+        else:
+            assert one == two, (ours, theirs)
