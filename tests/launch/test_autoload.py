@@ -31,8 +31,8 @@ OTHERS = [
 ]
 
 
-def call(run, argv):
-    result = run("-c", CALL, ARGV=json.dumps(argv))
+def call(run, argv, **environment):
+    result = run("-c", CALL, ARGV=json.dumps(argv), **environment)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -44,10 +44,11 @@ def test_no_trace_in_other_processes(run, argv):
     assert done["same"] == [True, True, False, True]
 
 
-def test_costs_less_than_a_millisecond(run):
-    call(run, ["train.py"])  # compiles the modules
-    # 1 ms where nothing else runs; the bound here is for machines that do other things too.
-    assert min(call(run, ["train.py"])["seconds"] for _ in range(5)) < 0.003
+def test_costs_less_than_a_millisecond(run, tmp_path):
+    compiled = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    call(run, ["train.py"], **compiled)  # compiles the modules, as installing them does
+    # 1 ms is for a machine that does nothing else; this one may.
+    assert min(call(run, ["train.py"], **compiled)["seconds"] for _ in range(5)) < 0.003
 
 
 @pytest.mark.parametrize(
