@@ -80,6 +80,7 @@ class SlideAccelerator(Accelerator):
         self, *args: Any, slideformer_plugin: SlideFormerPlugin | None = None, **kwargs: Any
     ) -> None:
         plugin = SlideFormerPlugin() if slideformer_plugin is None else slideformer_plugin
+        _check_asked(kwargs)  # Accelerate drops plugins without a word where there is one process
         super().__init__(*args, **kwargs)
         check_environment(self)
         self._slide_config = SlideConfig.of(plugin.config)
@@ -337,6 +338,32 @@ def _is_optimizer(obj: Any) -> bool:
     return isinstance(getattr(obj, "optimizer", None), SlideAdamW)
 
 
+def _check_asked(kwargs: Mapping[str, Any]) -> None:
+    plugins = (
+        "deepspeed_plugin",
+        "deepspeed_plugins",
+        "fsdp_plugin",
+        "megatron_lm_plugin",
+        "parallelism_config",
+    )
+    given = [name for name in plugins if kwargs.get(name) is not None]
+    if given:
+        raise UnsupportedModelError(
+            f"hf_slideformer places the training state itself, in one process, and cannot run together with "
+            f"{', '.join(given)}; leave it out"
+        )
+    precision = kwargs.get("mixed_precision")
+    if precision is not None and str(precision) not in ("no", "bf16"):
+        raise UnsupportedModelError(_precision_message(str(precision)))
+
+
+def _precision_message(precision: str) -> str:
+    return (
+        f"mixed precision {precision!r} is not supported; use bf16=True, mixed_precision='bf16' with Accelerate (exact "
+        "fp32 masters), or fp32"
+    )
+
+
 def check_environment(accelerator: Accelerator) -> None:
     """Refuse launch modes and precisions that streaming cannot be combined with.
 
@@ -359,10 +386,7 @@ def check_environment(accelerator: Accelerator) -> None:
             "--num_processes 1"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UnsupportedModelError(
-            f"mixed precision {accelerator.mixed_precision!r} is not supported; use bf16=True (exact fp32 masters) "
-            "or fp32"
-        )
+        raise UnsupportedModelError(_precision_message(accelerator.mixed_precision))
     dynamo = getattr(state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO:
         raise UnsupportedModelError(

@@ -68,6 +68,21 @@ def test_other_placements_are_refused(kind):
         check_environment(accelerator)
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"fsdp_plugin": object()}, "fsdp_plugin; leave it out"),
+        ({"parallelism_config": object()}, "parallelism_config"),
+        ({"mixed_precision": "fp16"}, "'fp16' is not supported"),
+        ({"mixed_precision": "fp8"}, "'fp8' is not supported"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
+)
+def test_refused_when_made(asked, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        SlideAccelerator(cpu=True, **asked)
+
+
 def test_precision_is_the_accelerators():
     assert SlideAccelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
     AcceleratorState._reset_state(reset_partial_state=True)
