@@ -216,7 +216,7 @@ def test_several_gpus_become_one(tmp_path):
 
 
 LAUNCHES = {
-    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed or FSDP"),
+    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed, FSDP or Megatron-LM"),
     "fsdp": ({"distributed_type": DistributedType.FSDP}, "remove their configuration"),
     "processes": ({"num_processes": 2}, "--num_processes 1"),
     "fp16": ({"mixed_precision": "fp16"}, "use bf16=True"),
