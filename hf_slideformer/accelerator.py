@@ -7,8 +7,9 @@ Accelerate's own.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.engine import SlideEngine, engine_of
 from .engine.planning import plans_activations
-from .errors import CheckpointError, UnsupportedModelError
+from .errors import CheckpointError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,29 +116,49 @@ class SlideAccelerator(Accelerator):
         self._slide_bf16 = self.mixed_precision == "bf16"
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """As in Accelerate. Model and optimizer given together are connected; the model is streamed."""
-        result = list(args)
+        """As in Accelerate; models are streamed, and an optimizer of their parameters is connected to them.
+
+        Model and optimizer may be given together, or one after the other in either order. A model without an
+        optimizer can be evaluated.
+
+        Raises:
+            UnsupportedModelError: a model that cannot be streamed, or an optimizer that cannot train it.
+            PlanError: it does not fit.
+        """
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
-        for position, obj in enumerate(args):
+        optimizers = [_unwrapped(obj) for obj in args if isinstance(obj, torch.optim.Optimizer)]
+        for obj in args:
             if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
                 self.count_on_batches(obj.dataset, obj.batch_size, models[0] if models else None)
-            if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
-                result[position] = SlideAdamW.adopt(obj)
-        prepared = super().prepare(*result, device_placement=device_placement)
-        optimizers = [
-            obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)
-        ]
+        known = [*map(_unwrapped, self._optimizers), *optimizers]
+        for model in [*self._models, *models]:
+            _check_optimizers(model, known)
+        if len(models) == 1:
+            for optimizer in optimizers:
+                if not any(_shares_parameters(optimizer, model) for model in [*self._models, *models]):
+                    raise UnsupportedModelError(
+                        f"the {type(optimizer).__name__} holds no parameter of the {type(models[0]).__name__} that it "
+                        "is prepared with; make the optimizer from the same model object"
+                    )
+        # Models first, and with what is known of all optimizers: Accelerate goes through the arguments one by one.
         for model in models:
-            engine = engine_of(model)
-            if engine is not None and len(models) == 1:
-                for optimizer in optimizers:
-                    engine.attach_optimizer(optimizer.optimizer)
-        return prepared
+            self._slide_stream(model, for_training=any(_shares_parameters(opt, model) for opt in known))
+        return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
         """Stream `model`; a model that is streamed already is returned as it is."""
+        known = [_unwrapped(optimizer) for optimizer in self._optimizers]
+        _check_optimizers(model, known)
+        for_training = not evaluation_mode and any(_shares_parameters(opt, model) for opt in known)
+        self._slide_stream(model, for_training=for_training, evaluation_mode=evaluation_mode)
+        return model
+
+    def _slide_stream(
+        self, model: torch.nn.Module, *, for_training: bool, evaluation_mode: bool = False
+    ) -> None:
+        """Give `model` an engine, unless it has one, and connect it to its optimizer, if that is prepared."""
         if self._slide_bf16 is None:
             self.configure_slide(
                 self._slide_config or SlideConfig(),
@@ -150,22 +173,30 @@ class SlideAccelerator(Accelerator):
             "overlap_is_exact": self._slide_overlap_is_exact,
         }
         engine = engine_of(model)
-        if engine is not None:
+        if engine is None:
+            engine = SlideEngine(
+                model, device=self.device, for_training=for_training, shape=self._slide_shape, **settings
+            )
+            save_exactly(model, engine)
+            # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
+            super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        else:
             if not evaluation_mode:
                 engine.check_settings(**settings)
             if model not in self._models:
                 self._models.append(model)
-            return model
-        engine = SlideEngine(
-            model,
-            device=self.device,
-            for_training=not evaluation_mode,
-            shape=self._slide_shape,
-            **settings,
-        )
-        save_exactly(model, engine)
-        # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
-        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        self._slide_connect()
+
+    def _slide_connect(self) -> None:
+        """Give engines the optimizers of their parameters, where both are prepared now."""
+        for wrapped in self._optimizers:
+            for model in self._models:
+                engine = engine_of(model)
+                if engine is not None and _shares_parameters(wrapped.optimizer, model):
+                    wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
+                    if not wrapped.optimizer.is_bound:
+                        engine.attach_optimizer(wrapped.optimizer)
+                        logger.info("Where the training state lives:\n%s", engine.plan)
 
     def count_on_batches(self, dataset: Any, batch_size: int | None, model: torch.nn.Module | None) -> None:
         """Find out what batches are like, where activations are planned for.
@@ -188,7 +219,12 @@ class SlideAccelerator(Accelerator):
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> Any:
         """Wrap the optimizer; its state is placed by the engine, never by Accelerate."""
-        return super().prepare_optimizer(optimizer, device_placement=False)
+        known = [_unwrapped(opt) for opt in (*self._optimizers, optimizer)]
+        for model in self._models:
+            _check_optimizers(model, known)
+        prepared = super().prepare_optimizer(optimizer, device_placement=False)
+        self._slide_connect()
+        return prepared
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
         """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
@@ -198,6 +234,21 @@ class SlideAccelerator(Accelerator):
             if engine is not None and any(engine.owns(param) for param in parameters):
                 return engine.clip_grad_norm_(parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """As in Accelerate, on the gradients that wait for `step()`.
+
+        Raises:
+            StateError: updates that overlap with backward have used them already.
+        """
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for engine in filter(None, map(engine_of, self._models)):
+            if engine.overlapped and any(engine.owns(param) for param in parameters):
+                raise StateError(
+                    f"clip_grad_value_(clip_value={clip_value}) after overlapped updates have started; use "
+                    "SlideConfig(update='deferred')"
+                )
+        super().clip_grad_value_(parameters, clip_value)
 
     def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """The model itself, with every pending update done."""
@@ -213,6 +264,14 @@ class SlideAccelerator(Accelerator):
             return {}  # `_save_streamed` writes them
         state = engine.state_dict_as_loaded(model) if engine is not None else None
         return super().get_state_dict(model, unwrap=unwrap) if state is None else state
+
+    def end_training(self) -> None:
+        """As in Accelerate, once every pending update is done."""
+        try:
+            for engine in filter(None, map(engine_of, self._models)):
+                engine.synchronize()
+        finally:
+            super().end_training()
 
     # -- saving and loading everything -----------------------------------------------------------------------
 
@@ -338,6 +397,46 @@ def _is_optimizer(obj: Any) -> bool:
     return isinstance(getattr(obj, "optimizer", None), SlideAdamW)
 
 
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer in Accelerate's wrapper, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _shares_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
+    own = {id(param) for param in model.parameters()}
+    return any(id(param) in own for group in optimizer.param_groups for param in group["params"])
+
+
+def _check_optimizers(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers of a model's parameters that cannot train it.
+
+    Raises:
+        UnsupportedModelError: another optimizer than AdamW, one with parameters of something else, or two of them.
+    """
+    own = {id(param) for param in model.parameters()}
+    seen: list[tuple[set[int], bool]] = []
+    for optimizer in dict.fromkeys(optimizers):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        given = {id(param) for param in params}
+        if given.isdisjoint(own):
+            continue
+        SlideAdamW.check_adoptable(optimizer)
+        others = [tuple(param.shape) for param in params if id(param) not in own]
+        if others:
+            raise UnsupportedModelError(
+                f"{len(others)} of the optimizer's {len(params)} parameters, the first of shape {others[0]}, are not "
+                f"in the {type(model).__name__} that the others are in; make one optimizer for each model"
+            )
+        bound = isinstance(optimizer, SlideAdamW) and optimizer.is_bound
+        # A new one may take the place of one that has trained the same parameters.
+        if any(given.isdisjoint(earlier) or not (bound or was_bound) for earlier, was_bound in seen):
+            raise UnsupportedModelError(
+                f"the parameters of the {type(model).__name__} are in two optimizers; make one with a parameter group "
+                "for each, which has its own lr, betas, eps and weight_decay"
+            )
+        seen.append((given, bound))
+
+
 def _check_asked(kwargs: Mapping[str, Any]) -> None:
     plugins = (
         "deepspeed_plugin",
@@ -383,7 +482,7 @@ def check_environment(accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         raise UnsupportedModelError(
             f"hf_slideformer runs in one process, this launch has {accelerator.num_processes}; launch with "
-            "--num_processes 1"
+            "--num_processes 1, or from a notebook with notebook_launcher(..., num_processes=1)"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UnsupportedModelError(_precision_message(accelerator.mixed_precision))

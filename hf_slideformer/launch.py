@@ -38,6 +38,7 @@ _REFUSED_LAUNCHERS = {
     "sagemaker_launcher": "SageMaker",
 }
 _LAUNCHER = "simple_launcher"
+_PLACED_BY_OTHERS = {"use_deepspeed": "DeepSpeed", "use_fsdp": "FSDP", "use_megatron_lm": "Megatron-LM"}
 
 
 # -- the launcher's process --------------------------------------------------------------------------------------------
@@ -63,9 +64,11 @@ def launch(arguments: Sequence[str]) -> int:
     path = options.config_file
     if path is None and os.path.isfile(accelerate_config.default_config_file):
         path = accelerate_config.default_config_file
-    section = None if path is None else read_configuration(path).get(SECTION)
+    content = {} if path is None else read_configuration(path)
+    if options.num_processes is None and "num_processes" not in content:
+        options.num_processes = 1  # Accelerate would take as many as there are GPUs
     accept_section(accelerate_launch)
-    stream_with(accelerate_launch, section, f"{SECTION} of {path}")
+    stream_with(accelerate_launch, content.get(SECTION), f"{SECTION} of {path}")
     try:
         accelerate_launch.launch_command(options)
     except subprocess.CalledProcessError as error:
@@ -236,6 +239,12 @@ def check_launch(args: argparse.Namespace) -> None:
             f"hf_slideformer runs in one process, this launch has {processes} on {machines} machine(s); launch with "
             "--num_processes 1 --num_machines 1"
         )
+    for flag, what in _PLACED_BY_OTHERS.items():  # which Accelerate ignores without a word under --cpu
+        if getattr(args, flag, False):
+            raise UnsupportedModelError(
+                f"hf_slideformer places the training state itself, and this launch asks for {what}; remove what "
+                "belongs to it from the configuration"
+            )
     if getattr(args, "mpirun_hostfile", None) is not None:
         raise UnsupportedModelError(
             "hf_slideformer runs in one process and not under mpirun; remove mpirun_config"

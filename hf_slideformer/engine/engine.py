@@ -189,7 +189,12 @@ class SlideEngine:
         if blueprint.head.module is not None:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
-        self._gradient_hooks: list[RemovableHandle] = []
+        # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
+        self._gradient_hooks: list[RemovableHandle] = [
+            state.param.register_hook(_ModelHook(self, SlideEngine._refuse_backward))
+            for state in self.states
+            if state.unit is None and state.param.requires_grad
+        ]
         self._finalizer = weakref.finalize(
             self, _close, self._lanes, self._worker, self._disk, self._gradient_hooks
         )
@@ -470,8 +475,11 @@ class SlideEngine:
             if state.unit is None and state.spec.trainable and not state.moments:
                 state.moment_format = self._blueprint.moments
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
-        if self.overlapped and self._optimizer is None:
-            self._update_residents_in_backward()
+        if self._optimizer is None:
+            while self._gradient_hooks:
+                self._gradient_hooks.pop().remove()
+            if self.overlapped:
+                self._update_residents_in_backward()
         self._optimizer = optimizer
         optimizer.bind(self)
         self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
@@ -561,11 +569,15 @@ class SlideEngine:
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
         if self.gradients is None:
-            raise StateError(
-                "backward on a model that was prepared without an optimizer; prepare both together "
-                "(model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
-            )
+            self._refuse_backward()
+        assert self.gradients is not None
         self.gradients.begin_unit(unit)
+
+    def _refuse_backward(self, *_: object) -> None:
+        raise StateError(
+            "backward on a model that was prepared without an optimizer; prepare both, together or one after the "
+            "other (model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
+        )
 
     def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
         """See `GradientSink`."""
