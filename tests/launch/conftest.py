@@ -24,7 +24,7 @@ def main():
         num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )
     model = LlamaForCausalLM(config)
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     model, optimizer = accelerator.prepare(model, optimizer)
     losses = []
@@ -37,7 +37,8 @@ def main():
         optimizer.zero_grad()
         losses.append(loss.item())
     engine = sys.modules.get("hf_slideformer.engine.engine")
-    streamed = engine.engine_of(model).metrics.totals()["h2d_bytes"] if engine else 0
+    engine = engine and engine.engine_of(model)
+    streamed = engine.metrics.totals()["h2d_bytes"] if engine else 0
     print(json.dumps({"losses": losses, "h2d_bytes": streamed, "argv": sys.argv[1:]}))
 
 if __name__ == "__main__":
@@ -86,8 +87,15 @@ def run(installed, tmp_path):
 
 @pytest.fixture
 def accelerate(run, tmp_path):
-    """Runs Accelerate's command as its console script does."""
+    """Runs command lines of Accelerate one after the other in a process whose program is its console script."""
     script = tmp_path / "bin" / "accelerate"
     script.parent.mkdir()
-    script.write_text("from accelerate.commands.accelerate_cli import main\nmain()\n")
-    return lambda *arguments, **environment: run(script, *arguments, **environment)
+    script.write_text(
+        "import sys\nfrom accelerate.commands.accelerate_cli import main\nlines = sys.argv[1:]\nwhile lines:\n"
+        "    count = int(lines.pop(0))\n    sys.argv[1:], lines = lines[:count], lines[count:]\n    main()\n"
+    )
+
+    def accelerate(*lines, **environment):
+        return run(script, *(part for line in lines for part in (len(line), *line)), **environment)
+
+    return accelerate

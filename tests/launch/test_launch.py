@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-import sys
+import runpy
 from types import SimpleNamespace
 
 import accelerate
@@ -12,13 +12,16 @@ import torch
 import transformers
 import yaml
 from accelerate.commands import launch as accelerate_launch
+from accelerate.state import AcceleratorState
 
 from hf_slideformer import SlideTrainer, cli, launch
 from hf_slideformer.config import CONFIG_VARIABLE
 from hf_slideformer.errors import UnsupportedModelError
 from tests.trainer import runs
 
-from .conftest import TRAIN
+from .conftest import ROOT, TRAIN
+
+SIMPLE_LAUNCHER = accelerate_launch.simple_launcher
 
 CONFIG = {"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no", "use_cpu": True}
 STREAM = {"slideformer_config": {"placement": "stream", "update": "deferred"}}
@@ -33,52 +36,40 @@ def write(path, content):
 # -- whole launches ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def train_script(tmp_path_factory):
-    path = tmp_path_factory.mktemp("script") / "train.py"
-    path.write_text(TRAIN)
-    return path
+@pytest.fixture
+def started_in_a_state_of_its_own():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture(scope="module")
-def plain_losses(installed, train_script):
-    import subprocess
-
-    result = subprocess.run(
-        [sys.executable, train_script], env=installed, capture_output=True, text=True, check=True
+@pytest.mark.slow
+@pytest.mark.usefixtures("started_in_a_state_of_its_own")
+def test_slideformer_launch_streams_without_the_hook(run, tmp_path, capsys):
+    """`accelerate launch` with the hook is tested from a wheel."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    runpy.run_path(str(script), run_name="__main__")  # under plain Accelerate
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["h2d_bytes"] == 0
+    config = write(tmp_path / "slideformer.json", CONFIG | STREAM)
+    result = run(
+        *("-m", "hf_slideformer.cli", "launch", "--config_file", config, script, "--config_file", "x"),
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
     )
-    trained = json.loads(result.stdout)
-    assert trained["h2d_bytes"] == 0
-    return trained["losses"]
-
-
-def assert_streamed(result, plain_losses, arguments):
     assert result.returncode == 0, result.stderr
     trained = json.loads(result.stdout.splitlines()[-1])
     assert trained["h2d_bytes"] > 0
-    assert trained["argv"] == arguments
-    torch.testing.assert_close(torch.tensor(trained["losses"]), torch.tensor(plain_losses), rtol=1e-5, atol=0)
-
-
-def test_accelerate_launch_streams(accelerate, train_script, plain_losses, tmp_path):
-    config = write(tmp_path / "slideformer.yaml", CONFIG | STREAM)
-    result = accelerate("launch", "--config_file", config, train_script, "--lr", "1")
-    assert_streamed(result, plain_losses, ["--lr", "1"])
-
-
-def test_slideformer_launch_streams_without_the_hook(run, train_script, plain_losses, tmp_path):
-    config = write(tmp_path / "slideformer.json", CONFIG | STREAM)
-    result = run(
-        *("-m", "hf_slideformer.cli", "launch", "--config_file", config, train_script, "--config_file", "x"),
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    assert trained["argv"] == ["--config_file", "x"]
+    torch.testing.assert_close(
+        torch.tensor(trained["losses"]), torch.tensor(plain["losses"]), rtol=1e-5, atol=0
     )
-    assert_streamed(result, plain_losses, ["--config_file", "x"])
 
 
-def test_a_section_is_not_ignored_without_the_hook(accelerate, train_script, tmp_path):
+def test_a_section_is_not_ignored_without_the_hook(tmp_path):
     config = write(tmp_path / "slideformer.yaml", CONFIG | STREAM)
-    result = accelerate("launch", "--config_file", config, train_script, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    assert result.returncode != 0 and "slideformer_config" in result.stderr
+    with pytest.raises(ValueError, match="slideformer_config"):
+        accelerate_launch.load_config_from_file(str(config))
 
 
 SAY = "import json, os, sys; print(json.dumps({name: os.environ.get(name) for name in sys.argv[1:]}))"
@@ -95,32 +86,28 @@ def test_default_file_and_accelerates_module(run, tmp_path):
     assert "nothing was streamed" in result.stderr
 
 
+@pytest.mark.slow
 def test_without_a_section_nothing_changes(accelerate, tmp_path):
+    """What `accelerate config` and `accelerate launch` print, write and start, with the hook and without it."""
     (tmp_path / "say.py").write_text(
         "import json, os, sys\nprint(json.dumps([sys.argv, __name__, __file__, sys.path[0], sys.meta_path.__len__(), "
         "sorted(sys.modules), {k: v for k, v in os.environ.items() if k != 'TORCH_DEVICE_BACKEND_AUTOLOAD'}]))"
     )
     config = write(tmp_path / "plain.yaml", CONFIG)
-    ours, theirs = (
-        accelerate("launch", "--config_file", config, "say.py", "--x", TORCH_DEVICE_BACKEND_AUTOLOAD=hook)
-        for hook in ("1", "0")
-    )
+    results, written = [], []
+    for hook in ("1", "0"):
+        lines = (
+            ["config", "default", "--config_file", "written.yaml"],
+            ["launch", "--config_file", config, "say.py", "--x"],
+        )
+        results.append(accelerate(*lines, TORCH_DEVICE_BACKEND_AUTOLOAD=hook))
+        written.append((tmp_path / "written.yaml").read_text())
+        (tmp_path / "written.yaml").unlink()
+    ours, theirs = results
     assert ours.returncode == 0, ours.stderr
     assert (ours.stdout, ours.stderr) == (theirs.stdout, theirs.stderr)
     assert "say.py" in ours.stdout
-
-
-def test_accelerate_config_is_accelerates_own(accelerate, tmp_path):
-    ours, theirs = (
-        accelerate("config", "default", "--config_file", f"{hook}.yaml", TORCH_DEVICE_BACKEND_AUTOLOAD=hook)
-        for hook in ("1", "0")
-    )
-    assert ours.returncode == 0, ours.stderr
-    assert (ours.stdout.replace("1.yaml", ""), ours.stderr) == (
-        theirs.stdout.replace("0.yaml", ""),
-        theirs.stderr,
-    )
-    assert (tmp_path / "1.yaml").read_text() == (tmp_path / "0.yaml").read_text()
+    assert written[0] == written[1]
 
 
 # -- the launcher, with the start of the script replaced ---------------------------------------------------------------
@@ -167,9 +154,10 @@ def test_settings_reach_the_script(start, name, section, started, tmp_path):
 
 
 def test_slideformer_launch_needs_no_section(started):
-    by_slideformer("--cpu", "--num_processes", "1", "-m", "package.train")
+    by_slideformer("--cpu", "-m", "package.train")
     (args,) = started
     assert args.training_script_args == ["-m", "package.train"]
+    assert args.num_processes == 1  # and not one for each GPU
     assert os.environ[CONFIG_VARIABLE] == "{}"
 
 
@@ -196,6 +184,7 @@ REFUSED = {
         [],
         "DeepSpeed",
     ),
+    "fsdp_on_the_cpu": ({"distributed_type": "FSDP", "fsdp_config": {}}, ["--cpu"], "asks for FSDP"),
     "megatron": (
         {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {}, "use_cpu": False},
         [],
@@ -247,11 +236,11 @@ def test_accelerates_error_names_the_users_file(started, tmp_path):
     assert str(config) in str(error.value)
 
 
-def test_exit_code_of_the_script(run, tmp_path):
+def test_exit_code_of_the_script(started, monkeypatch, tmp_path):
+    monkeypatch.setattr(accelerate_launch, "simple_launcher", SIMPLE_LAUNCHER)
     (tmp_path / "fails.py").write_text("import sys; sys.exit(7)")
-    result = run("-m", "hf_slideformer.cli", "launch", "--cpu", "--num_processes", "1", "fails.py")
-    assert result.returncode == 7
-    assert "Traceback" not in result.stderr
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
+    assert cli.main(["launch", "--cpu", str(tmp_path / "fails.py")]) == 7
 
 
 # -- the script's process ----------------------------------------------------------------------------------------------

@@ -1,21 +1,25 @@
 """A wheel in a clean environment: what is in it, and a plain script that it streams under `accelerate launch`."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
-from tests.examples.conftest import make_tokenizer
+from tests.examples.conftest import EXAMPLES, make_tokenizer, own_surroundings  # noqa: F401
 
-from .conftest import ROOT, TRAIN
+from .conftest import ROOT
+
+import finetune_accelerate  # isort: skip  (found once tests.examples is imported)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +60,9 @@ def environment(wheel, tmp_path_factory):
         [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", wheel], check=True
     )
     (site,) = home.glob("lib/python*/site-packages")
-    # A directory on the path, not a site directory: what it installs in editable mode is not found through it.
-    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # Directories on the path, not site directories: what they install in editable mode is not found through them.
+    others = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "others.pth").write_text("\n".join(others) + "\n")
     # As pip writes it.
     command = home / "bin" / "accelerate"
     command.write_text(f"#!{python}\nfrom accelerate.commands.accelerate_cli import main\nmain()\n")
@@ -114,68 +119,71 @@ def run_in(environment, directory, *line):
     return result.stdout
 
 
-@pytest.mark.slow
 def test_slideformers_command(environment, tmp_path):
-    script, config = tmp_path / "train.py", tmp_path / "slideformer.yaml"
-    script.write_text(TRAIN + "    import hf_slideformer; print(hf_slideformer.__file__)\n")
+    script, config = tmp_path / "where.py", tmp_path / "slideformer.yaml"
+    script.write_text("import hf_slideformer; print(hf_slideformer.__file__)")
     run_in(
         *(environment, tmp_path, "slideformer", "config", "--config_file", config, "--placement", "stream"),
         *("--cpu", "--mixed-precision", "no"),
     )
     printed = run_in(environment, tmp_path, "slideformer", "launch", "--config_file", config, script)
-    trained, imported = printed.splitlines()[-2:]
-    assert json.loads(trained)["h2d_bytes"] > 0
-    assert Path(imported).is_relative_to(environment)
+    assert Path(printed.strip()).is_relative_to(environment)
 
 
-# Runs another script, and prints what its accelerator has streamed.
-WITNESS = """
+# Runs the script in the first argument once with the others and once going on from what it saved, and prints what each
+# run has streamed.
+TWICE = """
 import runpy, sys
 from accelerate import Accelerator
 
 def end_training(accelerator, end=Accelerator.end_training):
     engine = sys.modules.get("hf_slideformer.engine.engine")
-    models = accelerator._models
-    print("bytes:", sum(engine.engine_of(m).metrics.totals()["h2d_bytes"] for m in models) if engine else 0)
+    print("bytes:", sum(engine.engine_of(m).metrics.totals()["h2d_bytes"] for m in accelerator._models))
     end(accelerator)
 
 Accelerator.end_training = end_training
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
+sys.argv += ["--resume-from", "slide/state-3"]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.slow
-def test_example_under_accelerate_launch(environment, tiny_model, tmp_path):
+def test_example_under_accelerate_launch(environment, tiny_model, tmp_path, monkeypatch, capsys):
     """Accumulation, clipping, a scheduler, evaluation, saving, and going on: the losses of plain Accelerate."""
-    (tmp_path / "witness.py").write_text(WITNESS)
+    (tmp_path / "twice.py").write_text(TWICE)
     rows = [{"text": "Return the sum of the values " * (1 + number % 4)} for number in range(34)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    launch = {"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no", "use_cpu": True}
-    printed = {}
-    for name, section in (("plain", {}), ("slide", {"slideformer_config": {"placement": "stream"}})):
-        config = tmp_path / f"{name}.json"
-        config.write_text(json.dumps(launch | section))
-        line = ["accelerate", "launch", "--config_file", config, "witness.py"]
-        line += [
-            ROOT / "examples" / "finetune_accelerate.py",
-            "--model",
-            tiny_model,
-            "--dataset",
-            "rows.jsonl",
-        ]
-        line += ["--batch-size", "2", "--gradient-accumulation-steps", "4", "--learning-rate", "1e-2"]
-        line += ["--max-steps", "5", "--eval-steps", "2", "--eval-rows", "4", "--save-steps", "3"]
-        printed[name] = run_in(environment, tmp_path, *line, "--output-dir", name).splitlines()
-        if name == "slide":
-            resumed = run_in(environment, tmp_path, *line, "--resume-from", "slide/state-3").splitlines()
-    numbers = {name: [line for line in lines if "loss" in line] for name, lines in printed.items()}
-    assert len(numbers["plain"]) == 7
-    for ours, theirs in zip(numbers["slide"], numbers["plain"], strict=True):
+    flags = ["--model", str(tiny_model), "--dataset", "rows.jsonl"]
+    flags += ["--batch-size", "2", "--gradient-accumulation-steps", "4", "--learning-rate", "1e-2"]
+    flags += ["--max-steps", "5", "--eval-steps", "2", "--eval-rows", "4", "--save-steps", "3"]
+    config = tmp_path / "slideformer.yaml"
+    config.write_text(
+        "distributed_type: 'NO'\nnum_processes: 1\nmixed_precision: 'no'\nuse_cpu: true\n"
+        "slideformer_config:\n  placement: stream\n"
+    )
+    example = EXAMPLES / "finetune_accelerate.py"
+    launched = run_in(
+        *(environment, tmp_path, "accelerate", "launch", "--config_file", config, "twice.py", example),
+        *(*flags, "--output-dir", "slide"),
+    ).splitlines()
+    losses = [line for line in launched if "loss" in line]
+    assert losses[7:] == losses[4:7]
+    streamed = [float(line.removeprefix("bytes:")) for line in launched if line.startswith("bytes:")]
+    assert len(streamed) == 2 and min(streamed) > 0
+    for ours, theirs in zip(losses[:7], plain_losses(flags, tmp_path, monkeypatch, capsys), strict=True):
         assert_same_numbers(ours, theirs)
-    assert [line for line in resumed if "loss" in line] == numbers["slide"][-3:]
-    assert [line for line in printed["plain"] if line.startswith("bytes")] == ["bytes: 0"]
-    assert float(printed["slide"][-1].removeprefix("bytes:")) > 0
+
+
+def plain_losses(flags, directory, monkeypatch, capsys):
+    """The lines with losses that the example prints under plain Accelerate."""
+    monkeypatch.chdir(directory)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setattr(finetune_accelerate, "Accelerator", functools.partial(Accelerator, cpu=True))
+    finetune_accelerate.main([*flags, "--output-dir", "plain"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
 
 
 def assert_same_numbers(ours, theirs):
