@@ -35,7 +35,7 @@ from .checkpoint import (
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.engine import SlideEngine, engine_of
-from .engine.planning import plans_activations
+from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
 from .errors import CheckpointError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
 
@@ -197,6 +197,8 @@ class SlideAccelerator(Accelerator):
                     if not wrapped.optimizer.is_bound:
                         engine.attach_optimizer(wrapped.optimizer)
                         logger.info("Where the training state lives:\n%s", engine.plan)
+                        if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
+                            logger.warning(NOTHING_KNOWN_OF_BATCHES)
 
     def count_on_batches(self, dataset: Any, batch_size: int | None, model: torch.nn.Module | None) -> None:
         """Find out what batches are like, where activations are planned for.

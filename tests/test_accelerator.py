@@ -245,6 +245,18 @@ def test_optimizer_of_another_model_is_refused():
     assert engine_of(model) is None
 
 
+@pytest.mark.parametrize("order", ["loader_first", "model_first"])
+def test_plan_counts_on_batches_of_a_loader_that_is_prepared_before_the_model(order, caplog):
+    accelerator = SlideAccelerator(cpu=True, slideformer_plugin=SlideFormerPlugin({"gpu_memory": "1GiB"}))
+    loop = runs.plain_loop()
+    loader = torch.utils.data.DataLoader(runs.Tokens(), batch_size=2)
+    for part in (loader, loop.model) if order == "loader_first" else (loop.model, loader):
+        accelerator.prepare(part)
+    accelerator.prepare(loop.optimizer)
+    assert engine_of(loop.model).plan.batch_size == (2 if order == "loader_first" else None)
+    assert ("nothing is known of batches" in caplog.text) == (order == "model_first")
+
+
 # -- a model prepared alone --------------------------------------------------------------------------------------------
 
 

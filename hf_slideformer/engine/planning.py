@@ -24,6 +24,10 @@ from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .profile import profile_model
 
+NOTHING_KNOWN_OF_BATCHES = (
+    "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Planned:
@@ -97,9 +101,7 @@ def plan_for(
         placement = "stream"
     if placement == "auto" and shape is None and training and decisions is None:
         placement = "stream"
-        notes.append(
-            "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
-        )
+        notes.append(NOTHING_KNOWN_OF_BATCHES)
     profile_for = None
     if training and shape is not None and limited:
         profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len, liger=liger)
