@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.accelerator import Accelerator  # not from the package, where a launcher may have bound ours
 from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 
 from .checkpoint import (
     OPTIMIZER_FOLDER,
@@ -125,6 +126,12 @@ class SlideAccelerator(Accelerator):
             UnsupportedModelError: a model that cannot be streamed, or an optimizer that cannot train it.
             PlanError: it does not fit.
         """
+        for obj in args:
+            if isinstance(obj, (DummyOptim, DummyScheduler)):
+                raise UnsupportedModelError(
+                    f"{type(obj).__name__} stands for one that DeepSpeed makes; give a torch.optim.AdamW and, made for "
+                    "it, a scheduler"
+                )
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         optimizers = [_unwrapped(obj) for obj in args if isinstance(obj, torch.optim.Optimizer)]
         for obj in args:
@@ -473,9 +480,13 @@ def check_environment(accelerator: Accelerator) -> None:
     """
     state = accelerator.state
     others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-    if accelerator.distributed_type in others or any(
-        getattr(state, plugin, None) is not None
-        for plugin in ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
+    plugins = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
+    # What a launcher asks for, and Accelerate drops where there is one process.
+    asked = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+    if (
+        accelerator.distributed_type in others
+        or any(getattr(state, plugin, None) is not None for plugin in plugins)
+        or any(os.environ.get(variable, "false").lower() == "true" for variable in asked)
     ):
         raise UnsupportedModelError(
             "hf_slideformer places the training state itself and cannot run together with DeepSpeed, FSDP or "

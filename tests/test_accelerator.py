@@ -9,6 +9,7 @@ from accelerate import Accelerator, notebook_launcher
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, on_main_process
 from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.deepspeed import DummyOptim
 
 from hf_slideformer import SlideAccelerator, SlideConfig, SlideFormerPlugin
 from hf_slideformer.accelerator import check_environment
@@ -69,6 +70,14 @@ def test_compilation_is_refused():
 def test_other_placements_are_refused(kind):
     accelerator = SlideAccelerator(cpu=True)
     accelerator.state.distributed_type = kind
+    with pytest.raises(UnsupportedModelError, match="Megatron-LM; remove"):
+        check_environment(accelerator)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_other_placements_that_a_launcher_asks_for_are_refused(variable, monkeypatch):
+    accelerator = SlideAccelerator(cpu=True)
+    monkeypatch.setenv(variable, "true")
     with pytest.raises(UnsupportedModelError, match="Megatron-LM; remove"):
         check_environment(accelerator)
 
@@ -255,6 +264,13 @@ def test_plan_counts_on_batches_of_a_loader_that_is_prepared_before_the_model(or
     accelerator.prepare(loop.optimizer)
     assert engine_of(loop.model).plan.batch_size == (2 if order == "loader_first" else None)
     assert ("nothing is known of batches" in caplog.text) == (order == "model_first")
+
+
+def test_what_stands_for_deepspeeds_optimizer_is_refused():
+    model = runs.llama()
+    with pytest.raises(UnsupportedModelError, match="DummyOptim stands for .* give a torch.optim.AdamW"):
+        SlideAccelerator(cpu=True).prepare(model, DummyOptim(model.parameters()))
+    assert engine_of(model) is None
 
 
 # -- a model prepared alone --------------------------------------------------------------------------------------------
