@@ -940,12 +940,15 @@ class SlideEngine:
         """Block until every update is done and weights can be read.
 
         Raises:
-            TransferError: an update failed; the cause is chained.
+            TransferError: an update failed, or the write of its weights to disk; the cause is chained.
         """
         for unit in self._streamed:
             if unit.pending_update is not None:
                 unit.pending_update.wait_host()
                 unit.pending_update = None
+            if unit.borrow_weights is not None:  # the update's buffer may still be on its way to the file
+                assert self._disk is not None
+                self._disk.written[unit.index].wait_host()
         if self._outside is not None:
             self._outside.wait_host()
 

@@ -160,6 +160,25 @@ def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype, placement):
     assert_same_bits(on_disk, back)
 
 
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+def test_weights_are_read_and_loaded_once_updates_have_been_written(tmp_path, update):
+    def run(decisions, delays=None):
+        found = _prepare(tmp_path, decisions, update=update, delays=delays)
+        for tokens in batches(2):
+            step(found, [tokens], max_norm=None if update == "overlapped" else 0.5)
+        return found
+
+    slow = {"disk": lambda label: 0.02 if "write" in label else 0.0}
+    in_ram, on_disk = run(decide()), run(PLACEMENTS["all of everything"], slow)
+    read = {name: value.clone() for name, value in on_disk.model.state_dict().items()}
+    assert_same_state(read, in_ram.model.state_dict())
+    for found in (in_ram, on_disk):
+        step(found, batches(1, seed=9), max_norm=None)
+        found.model.load_state_dict(read)
+    found.engine.close()  # with all that is still to be written
+    assert_same_state(on_disk.model.state_dict(), read)
+
+
 @pytest.mark.parametrize("how", ["copy_", "data"])
 def test_writes_from_outside_clear_the_residual_on_disk(tmp_path, how):
     runs = []
