@@ -96,8 +96,11 @@ class DiskState:
             raise
         # The last write of each unit's file.
         self.written: dict[int, Handle] = {unit: Handle.done() for unit in self.files}
-        # On the CPU a lane does its work itself, one piece after the other.
-        self.writes = Lane("state-to-disk", _CPU)
+        # On the CPU a lane does its work itself, one piece after the other. What comes from the device waits there for
+        # its copy, which may wait for an update's staging buffer; updates are written by a lane of their own, or that
+        # update could wait for a buffer whose write is behind.
+        self.writes = Lane("staged-to-disk", _CPU)
+        self.write_backs = Lane("state-to-disk", _CPU)
 
     @property
     def host_bytes(self) -> int:
@@ -138,6 +141,7 @@ class DiskState:
         for desk in self._desks:
             desk.close()
         self.writes.close()
+        self.write_backs.close()
         self.store.close()
 
 
@@ -302,7 +306,7 @@ class Desk:
             return  # it never got a buffer, and whoever waits for it has been told
         buffer, state, unit = loan.buffer, self._state, loan.unit
         span = 0, nbytes or state.files[unit].nbytes
-        written = state.writes.submit(
+        written = state.write_backs.submit(
             f"state of unit {unit} to disk", lambda: state.write(unit, buffer, span)
         )
         state.written[unit] = written

@@ -160,6 +160,30 @@ def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype, placement):
     assert_same_bits(on_disk, back)
 
 
+def test_an_input_on_its_way_to_disk_holds_up_no_update(tmp_path):
+    """A frozen unit waits for no update: its input leaves while gradients of other units wait for a staging buffer."""
+
+    def run(decisions, delays=None):
+        model = tiny_llama(torch.float32)
+        for param in model.model.layers[0].parameters():
+            param.requires_grad_(False)
+        return train(
+            prepare(
+                model,
+                config=SlideConfig(nvme_dir=str(tmp_path), update="overlapped", gpu_memory="1GiB"),
+                shape=BatchShape(2, 16, "of the test"),
+                decisions=decisions,
+                delays=delays,
+            ),
+            3,
+            max_norm=None,
+        )
+
+    tight = decide(offload=ALL, on_disk=ALL, weights_on_disk=ALL, disk_buffers=1, staging_buffers=1)
+    slow = {"disk": lambda label: 0.02 if "write" in label else 0.0}
+    assert_same_bits(run(decide()), run(tight, slow))
+
+
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
 def test_weights_are_read_and_loaded_once_updates_have_been_written(tmp_path, update):
     def run(decisions, delays=None):
