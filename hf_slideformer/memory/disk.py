@@ -575,6 +575,9 @@ class _Request:
             return ()
         chunks = self._file.chunks(self._span)
         self._left = len(chunks)
+        if not chunks:
+            self._end()
+            return ()
         self._timing.enter_context(self._metrics.timed(f"{self._key}_s", self._handle.label, lane="disk"))
         return chunks
 

@@ -305,7 +305,7 @@ class Desk:
         except Exception:
             return  # it never got a buffer, and whoever waits for it has been told
         buffer, state, unit = loan.buffer, self._state, loan.unit
-        span = 0, nbytes or state.files[unit].nbytes
+        span = 0, state.files[unit].nbytes if nbytes is None else nbytes
         written = state.write_backs.submit(
             f"state of unit {unit} to disk", lambda: state.write(unit, buffer, span)
         )

@@ -160,6 +160,18 @@ def test_state_dicts_go_from_disk_to_ram_and_back(tmp_path, dtype, placement):
     assert_same_bits(on_disk, back)
 
 
+def test_frozen_units_have_nothing_on_disk_but_weights(tmp_path):
+    def run(decisions):
+        model = tiny_llama()
+        for layer in model.model.layers[1:3]:
+            for param in layer.parameters():
+                param.requires_grad_(False)
+        config = SlideConfig(nvme_dir=str(tmp_path))
+        return train(prepare(model, config=config, decisions=decisions), 3, max_norm=0.5)
+
+    assert_same_bits(run(decide()), run(PLACEMENTS["all of everything"]))
+
+
 def test_an_input_on_its_way_to_disk_holds_up_no_update(tmp_path):
     """A frozen unit waits for no update: its input leaves while gradients of other units wait for a staging buffer."""
 

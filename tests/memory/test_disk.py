@@ -410,6 +410,16 @@ def test_a_span_that_is_not_whole_pages_of_the_file_is_refused(make_store, span)
         store.read(file, HostBuffer(4 * PAGE), span=span)
 
 
+def test_a_span_of_no_bytes_is_done_at_once(make_store):
+    store = make_store()
+    file = store.create("layer 0", 2 * PAGE)
+    buffer = filled(PAGE, 1)
+    before = content(buffer).clone()
+    wait(store.write(file, buffer, span=(PAGE, 0)))
+    wait(store.read(file, buffer, span=(PAGE, 0)))
+    assert torch.equal(content(buffer), before)
+
+
 def test_memory_and_disk_agree(make_store):
     """What is written through the mapping is read from disk, and the other way round."""
     store = make_store(chunk_bytes=PAGE)
