@@ -88,6 +88,10 @@ class FileOps:
         """Set a file's length."""
         os.ftruncate(fd, nbytes)
 
+    def map(self, fd: int, nbytes: int) -> mmap.mmap:
+        """Make a file memory, shared with whoever reads and writes it."""
+        return mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED)
+
     def fdatasync(self, fd: int) -> None:
         """Wait until what was written has left the page cache."""
         os.fdatasync(fd)
@@ -195,7 +199,8 @@ class DiskStore:
         self._metrics = metrics
         self._delay_s = delay_s
         self._chunk_bytes = -(-chunk_bytes // _PAGE_BYTES) * _PAGE_BYTES
-        self._created = 0
+        self._created = 0  # striped files; each begins in the next directory
+        self._whole_bytes = [0] * len(directories)  # in each directory, of files that are not striped
         self._files: weakref.WeakSet[DiskFile] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._closed = False
@@ -211,7 +216,8 @@ class DiskStore:
         Args:
             name: for messages.
             nbytes: size in bytes.
-            striped: over all directories; files that are not can be mapped, and take turns among the directories.
+            striped: over all directories; a file that is not can be mapped, and lies in the directory that has the fewest
+                bytes of such files so far.
 
         Raises:
             StateError: the store is closed.
@@ -219,10 +225,15 @@ class DiskStore:
         """
         if self._closed:
             raise StateError("the engine was closed; prepare the model again")
-        first = self._created % len(self._directories)
-        directories = self._directories if striped else [self._directories[first]]
+        directories = self._directories
+        if not striped:
+            emptiest = self._whole_bytes.index(min(self._whole_bytes))
+            directories = [directories[emptiest]]
         file = DiskFile(name, nbytes, directories, self._created, self._chunk_bytes, self._ops)
-        self._created += 1
+        if striped:
+            self._created += 1
+        else:
+            self._whole_bytes[emptiest] += file.nbytes
         self._files.add(file)
         return file
 
@@ -390,10 +401,11 @@ class DiskFile:
 
         Raises:
             StateError: the file is in several pieces.
+            DiskError: the file system refuses.
         """
         if len(self._pieces) != 1:
             raise StateError(f"{self.name} is striped, and cannot be mapped")
-        return mmap.mmap(self._pieces[0].fd, self.nbytes, flags=mmap.MAP_SHARED)
+        return self._pieces[0].map()
 
     def settle(self, *, written: bool) -> None:
         """After a transfer through the page cache: have the bytes on the disk, and out of RAM."""
@@ -471,6 +483,23 @@ class _Piece:
                     got=got,
                 )
             done = reached
+
+    def map(self) -> mmap.mmap:
+        """See `DiskFile.map`.
+
+        Raises:
+            DiskError: the file system refuses; some network file systems do.
+        """
+        try:
+            return self._ops.map(self.fd, self.nbytes)
+        except OSError as error:
+            raise DiskError(
+                f"{self.path}: mapping {self.nbytes} bytes failed: {_reason(error)}; name a directory on a local disk in "
+                "nvme_dir",
+                filename=self.path,
+                wanted=self.nbytes,
+                errno=error.errno,
+            ) from error
 
     def settle(self, *, written: bool) -> None:
         """See `DiskFile.settle`.

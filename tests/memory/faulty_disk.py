@@ -123,6 +123,9 @@ class FaultyOps(FileOps):
     def truncate(self, fd, nbytes):
         self._run("truncate", fd, nbytes)
 
+    def map(self, fd, nbytes):
+        return self._run("map", fd, nbytes)
+
     def fdatasync(self, fd):
         self._run("fdatasync", fd)
 

@@ -1,5 +1,6 @@
 """State on disk: contents, striping, order, faults with their numbers, and nothing left behind."""
 
+import collections
 import contextlib
 import errno
 import gc
@@ -410,14 +411,36 @@ def test_a_span_that_is_not_whole_pages_of_the_file_is_refused(make_store, span)
         store.read(file, HostBuffer(4 * PAGE), span=span)
 
 
-def test_a_span_of_no_bytes_is_done_at_once(make_store):
+@pytest.mark.parametrize("start", [0, PAGE])
+def test_a_span_of_no_bytes_is_done_at_once(make_store, start):
     store = make_store()
     file = store.create("layer 0", 2 * PAGE)
     buffer = filled(PAGE, 1)
     before = content(buffer).clone()
-    wait(store.write(file, buffer, span=(PAGE, 0)))
-    wait(store.read(file, buffer, span=(PAGE, 0)))
+    wait(store.write(file, buffer, span=(start, 0)))
+    wait(store.read(file, buffer, span=(start, 0)))
     assert torch.equal(content(buffer), before)
+
+
+def test_files_in_one_piece_are_spread_over_the_directories(make_store, ops):
+    store = make_store(2)
+    striped, whole, held = [], [], collections.Counter()
+    for i in range(6):  # in turns, as where the weights of every other unit are on disk
+        striped.append(store.create(f"striped {i}", 2 * PAGE))
+        before = set(ops.open_files)
+        whole.append(store.create(f"whole {i}", (1 + i % 3) * MIB, striped=False))
+        (fd,) = ops.open_files - before
+        held[os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))] += whole[-1].nbytes
+    assert len(held) == 2 and max(held.values()) - min(held.values()) <= 3 * MIB
+
+
+def test_a_file_system_that_does_not_map_is_named(make_store, ops):
+    store = make_store()
+    file = store.create("layer 0", PAGE, striped=False)
+    ops.fail("map", errno.ENODEV)
+    with pytest.raises(DiskError, match=r"layer 0: mapping 4096 bytes failed.*ENODEV.*local disk") as caught:
+        file.map()
+    assert caught.value.errno == errno.ENODEV
 
 
 def test_memory_and_disk_agree(make_store):
