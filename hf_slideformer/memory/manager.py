@@ -84,8 +84,10 @@ class UnitMemory:
         """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
+            # Gradients that are there already are about to be copied: to the same bytes, or to bytes that are not theirs.
+            moves = self.grads_on_disk and nbytes != self.layout.grad_bytes
             self.grads_fp32 = fp32
-            if self._mapped is not None and self._mapped[1].grad_bytes >= nbytes:
+            if self._mapped is not None and self._mapped[1].grad_bytes >= nbytes and not moves:
                 self.grads = BufferView(self._mapped[0], self._mapped[1].gradients[0])
             else:  # a sum that nobody expected is in RAM, whatever the file has room for
                 self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
