@@ -346,8 +346,10 @@ class MemoryModel:
         items.append(Item("RAM", "disk buffers", self._disk_buffers(decisions)))
         if whole:
             items.append(Item("RAM", "weight buffers", self._weight_buffers(decisions), on_gpu))
+        # Inputs that wait on disk pass through buffers both ways, which are there from the start.
+        passing = 2 * self._input_buffers(decisions)
         if not workload.training:
-            return items
+            return [*items, Item("RAM", "inputs of units", passing, on_gpu)] if passing else items
         if not workload.overlapped:
             nbytes = sum(self._ram_gradients[unit] for unit in holding)
             items.append(Item("RAM", "gradients", nbytes, on_gpu and not workload.fp32_sums))
@@ -363,8 +365,6 @@ class MemoryModel:
                 for unit, policy in enumerate(decisions.activations)
                 if policy == "offload" and unit not in whole
             )
-            # Those that wait on disk pass through buffers both ways.
-            passing = 2 * INPUT_BUFFERS * max(self._inputs_on_disk(decisions).values(), default=0)
             items.append(Item("RAM", "inputs of units", inputs + passing, on_gpu))
         if decisions.outside_state == "RAM":
             layout = self._outside_layout
@@ -395,8 +395,12 @@ class MemoryModel:
         return {
             unit: _pages(self._boundary[unit])
             for unit in decisions.weights_on_disk
-            if self.workload.training and decisions.activations[unit] == "offload"
+            if decisions.activations[unit] == "offload"
         }
+
+    def _input_buffers(self, decisions: Decisions) -> int:
+        """Bytes of the buffers through which inputs go to disk, or come back."""
+        return INPUT_BUFFERS * max(self._inputs_on_disk(decisions).values(), default=0)
 
     def _weight_buffers(self, decisions: Decisions) -> int:
         """Bytes of the buffers through which weights on disk go to their slots, as many as slots."""
@@ -460,7 +464,7 @@ class MemoryModel:
         disk go there through one of the buffers that are there for it.
         """
         now = peak = self._source_outside + sum(self._source) + self._disk_buffers(decisions)
-        now = peak = peak + self._weight_buffers(decisions)
+        now = peak = peak + self._weight_buffers(decisions) + self._input_buffers(decisions)
         whole = set(decisions.weights_on_disk)
         resident, on_disk = set(decisions.resident), set(decisions.on_disk)
         for unit, nbytes in enumerate(self._source):
@@ -505,8 +509,11 @@ def _moment_pages(layout: UnitLayout, moments: MomentFormat) -> int:
 
 
 def disk_layout(workload: Workload, layout: UnitLayout) -> DiskLayout:
-    """The file of a unit whose weights, and gradients that wait, are on disk too; without its input."""
+    """The file of a unit whose weights, and gradients that wait, are on disk too; without its input.
+
+    A file is made with room for all of it, also where only evaluation is asked for at first.
+    """
     waiting = 0
-    if workload.training and not workload.overlapped:
+    if not workload.overlapped:
         waiting = 4 * layout.state_numel if workload.fp32_sums else layout.grad_bytes
     return lay_out_on_disk(layout, workload.moments, weights=True, grad_bytes=waiting)

@@ -9,6 +9,7 @@ import torch
 from hf_slideformer import SlideConfig
 from hf_slideformer.engine.allocations import AllocationTracker
 from hf_slideformer.engine.batch_shape import BatchShape
+from hf_slideformer.engine.engine import SlideEngine
 
 from .loop import batches, decide, prepare, step, tiny_llama, train
 
@@ -119,6 +120,24 @@ def test_ram_and_disk_are_planned_with_weights_on_disk(tmp_path, update, micro_b
     assert run.engine.host_bytes - slack <= planned["RAM"]
     assert planned["RAM"] - lazy <= 1.03 * run.engine.host_bytes + slack
     assert run.engine.disk_bytes == planned["disk"] > 0
+
+
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+def test_ram_and_disk_are_planned_before_there_is_an_optimizer(tmp_path, update):
+    placed = decide(offload=ALL, on_disk=ALL, disk_buffers=2, slots=2)
+    engine = SlideEngine(
+        tiny_llama(**SHAPE),
+        device=torch.device("cpu"),
+        bf16=True,
+        config=SlideConfig(gpu_memory="1GiB", nvme_dir=str(tmp_path), update=update),
+        for_training=False,
+        shape=BatchShape(BATCH, SEQ, "of the test"),
+        decisions=dataclasses.replace(placed, weights_on_disk=(0, 1, 3, 5), staging_buffers=2),
+    )
+    lazy = 2 * BATCH * SEQ * 128 * 2  # buffers for inputs that leave
+    assert engine.plan.peaks["train"]["RAM"] - lazy <= engine.host_bytes <= engine.plan.peaks["load"]["RAM"]
+    assert engine.host_bytes <= engine.plan.peaks["train"]["RAM"]
+    assert engine.disk_bytes == engine.plan.peaks["load"]["disk"] == engine.plan.peaks["train"]["disk"] > 0
 
 
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
