@@ -173,6 +173,11 @@ class SlideEngine:
             torch.cuda.empty_cache()  # weights that were there before left gaps of other sizes
         self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
         self._worker = UpdateWorker(self.metrics, delays.get("update"))
+        self._gradient_hooks: list[RemovableHandle] = []
+        # From here on: what fails below must leave no thread and no file either.
+        self._finalizer = weakref.finalize(
+            self, _close, self._lanes, self._worker, self._disk, self._gradient_hooks
+        )
         slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts(decisions)), default=0)
         self.pool = SlotPool(device, slot_bytes, decisions.slots, self._lanes[0], self.metrics)
         self.gradients: Gradients | None = None
@@ -190,14 +195,11 @@ class SlideEngine:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         _install_hooks(model, self)
         # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
-        self._gradient_hooks: list[RemovableHandle] = [
+        self._gradient_hooks += [
             state.param.register_hook(_ModelHook(self, SlideEngine._refuse_backward))
             for state in self.states
             if state.unit is None and state.param.requires_grad
         ]
-        self._finalizer = weakref.finalize(
-            self, _close, self._lanes, self._worker, self._disk, self._gradient_hooks
-        )
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -363,14 +365,18 @@ class SlideEngine:
 
         mapped = frozenset(decisions.weights_on_disk)
         disk = DiskState(store, {unit: places.file_bytes for unit, places in layouts.items()}, mapped, failed)
-        largest = max(places.masters_and_gradients[1] for places in layouts.values())
-        self._updates_desk = disk.open_desk("updates", decisions.disk_buffers, largest)
-        if mapped:
-            nbytes = max(places.weight_bytes for places in layouts.values())
-            count = decisions.slots
-            self._weights_desk = disk.open_desk("fetches", count, nbytes, pin=self._pin(count * nbytes))
-        spans = {unit: places.input for unit, places in layouts.items() if places.input_bytes}
-        self._disk_inputs = DiskInputs(disk, spans, self._pin) if spans else None
+        try:
+            largest = max(places.masters_and_gradients[1] for places in layouts.values())
+            self._updates_desk = disk.open_desk("updates", decisions.disk_buffers, largest)
+            if mapped:
+                nbytes = max(places.weight_bytes for places in layouts.values())
+                count = decisions.slots
+                self._weights_desk = disk.open_desk("fetches", count, nbytes, pin=self._pin(count * nbytes))
+            spans = {unit: places.input for unit, places in layouts.items() if places.input_bytes}
+            self._disk_inputs = DiskInputs(disk, spans, self._pin) if spans else None
+        except BaseException:
+            disk.close()
+            raise
         return disk
 
     def _waiting_on_disk(self, blueprint: Blueprint, decisions: Decisions, unit: int) -> dict[str, int]:

@@ -216,8 +216,8 @@ class DiskStore:
         Args:
             name: for messages.
             nbytes: size in bytes.
-            striped: over all directories; a file that is not can be mapped, and lies in the directory that has the fewest
-                bytes of such files so far.
+            striped: over all directories; a file that is not can be mapped, and lies in the directory that has the
+                fewest bytes of such files so far.
 
         Raises:
             StateError: the store is closed.
@@ -494,8 +494,8 @@ class _Piece:
             return self._ops.map(self.fd, self.nbytes)
         except OSError as error:
             raise DiskError(
-                f"{self.path}: mapping {self.nbytes} bytes failed: {_reason(error)}; name a directory on a local disk in "
-                "nvme_dir",
+                f"{self.path}: mapping {self.nbytes} bytes failed: {_reason(error)}; name a directory on a local "
+                "disk in nvme_dir",
                 filename=self.path,
                 wanted=self.nbytes,
                 errno=error.errno,

@@ -84,7 +84,7 @@ class UnitMemory:
         """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
-            # Gradients that are there already are about to be copied: to the same bytes, or to bytes that are not theirs.
+            # Gradients that are there are about to be copied: to the same bytes, or to bytes that are not theirs.
             moves = self.grads_on_disk and nbytes != self.layout.grad_bytes
             self.grads_fp32 = fp32
             if self._mapped is not None and self._mapped[1].grad_bytes >= nbytes and not moves:

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
+from hf_slideformer.engine import engine as engine_module
 from hf_slideformer.engine.batch_shape import BatchShape
 from hf_slideformer.errors import DiskError, PlanError, StateError, TransferError
-from hf_slideformer.memory import disk
+from hf_slideformer.memory import disk, disk_state
+from hf_slideformer.memory.pinned import HostBuffer
 
 from .loop import (
     all_tensors,
@@ -503,6 +505,30 @@ def test_an_engine_that_its_own_thread_collects_ends_its_threads(tmp_path):
         gc.enable()
     assert len(written) == writes
     assert engine() is None and threading.active_count() <= before
+
+
+@pytest.mark.parametrize("failing", ["buffers", "slots"])
+def test_memory_that_is_refused_leaves_no_file_and_no_thread(tmp_path, monkeypatch, failing):
+    made = []
+
+    def refuse(*args, **kwargs):
+        made.append(args)
+        if failing == "slots" or len(made) == 5:
+            raise PlanError("no memory, for a test")
+        return HostBuffer(*args, **kwargs)
+
+    place = (disk_state, "HostBuffer") if failing == "buffers" else (engine_module, "SlotPool")
+    monkeypatch.setattr(*place, refuse)
+    before = threading.active_count()
+    with pytest.raises(PlanError, match="for a test"):
+        # A model that was moved keeps the files that its weights are in.
+        _prepare(tmp_path, PLACEMENTS["all of everything" if failing == "buffers" else "everything"])
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.02)
+    assert threading.active_count() <= before
+    assert not any("(deleted)" in os.readlink(f"/proc/self/fd/{fd}") for fd in _open_files(tmp_path))
 
 
 @pytest.mark.parametrize("failing", ["create", "read"])
