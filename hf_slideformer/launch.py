@@ -297,7 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if is_module:
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            # Absolute, because it becomes `__file__`, which Python makes absolute for a script. It becomes
+            # `sys.argv[0]` too, which differs from Python's for a relative path.
+            runpy.run_path(os.path.abspath(sys.argv[0]), run_name="__main__")
     except SystemExit as end:
         if not end.code:
             _warn_if_not_streamed()

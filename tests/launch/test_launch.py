@@ -289,14 +289,14 @@ def test_a_script_sees_what_it_would_without_us(as_module, run, tmp_path):
     (folder / "neighbour.py").write_text("NAME = 'neighbour'\n")
     (folder / "__init__.py").write_text("")
     (folder / "script.py").write_text(
-        "import json, pickle, sys\n"
+        "import json, os, pickle, sys\n"
         f"from {'folder.' if as_module else ''}neighbour import NAME\n"
         "class Mine: pass\n"
         "assert type(pickle.loads(pickle.dumps(Mine()))) is Mine\n"
         "assert not {'torch', 'accelerate', 'transformers'} & set(sys.modules)\n"
-        "print(json.dumps([NAME, __name__, __file__, sys.argv, sys.path[0]]))\n"
+        "print(json.dumps([NAME, __name__, __file__, os.path.abspath(sys.argv[0]), sys.argv[1:], sys.path[0]]))\n"
     )
-    script = ["-m", "folder.script"] if as_module else [folder / "script.py"]
+    script = ["-m", "folder.script"] if as_module else ["folder/script.py"]
     ours, theirs = run("-m", "hf_slideformer.launch", *script, "--x", "1"), run(*script, "--x", "1")
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout == theirs.stdout
