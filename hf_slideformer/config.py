@@ -56,7 +56,10 @@ def parse_bytes(size: int | str) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(size))
         if match is None or match.group(2).lower() not in _UNITS:
             raise ConfigError(f"{size!r} is not a size; write a number of bytes or a text such as '24GiB'")
-        result = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+        try:
+            result = int(float(match.group(1)) * _UNITS[match.group(2).lower()])
+        except OverflowError:
+            raise ConfigError(f"{size!r} is more than any memory; write a text such as '24GiB'") from None
     if result <= 0:
         raise ConfigError(f"a memory size must be positive, got {size!r}")
     return result
@@ -147,8 +150,9 @@ class SlideConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}")
-        if not isinstance(self.trace_steps, int) or self.trace_steps < 0:
-            raise ConfigError(f"trace_steps must be a non-negative integer, got {self.trace_steps!r}")
+        steps = self.trace_steps
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+            raise ConfigError(f"trace_steps must be a non-negative integer, got {steps!r}")
 
     @property
     def nvme_dirs(self) -> tuple[str, ...]:

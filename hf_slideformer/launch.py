@@ -65,14 +65,17 @@ def launch(arguments: Sequence[str]) -> int:
     if path is None and os.path.isfile(accelerate_config.default_config_file):
         path = accelerate_config.default_config_file
     content = {} if path is None else read_configuration(path)
-    if options.num_processes is None and "num_processes" not in content:
+    if options.num_processes is None and "num_processes" not in content and not options.multi_gpu:
         options.num_processes = 1  # Accelerate would take as many as there are GPUs
     accept_section(accelerate_launch)
-    stream_with(accelerate_launch, content.get(SECTION), f"{SECTION} of {path}")
+    origin = "slideformer launch" if path is None else f"{SECTION} of {path}"
+    stream_with(accelerate_launch, content.get(SECTION), origin)
     try:
         accelerate_launch.launch_command(options)
     except subprocess.CalledProcessError as error:
         return error.returncode if error.returncode > 0 else 128 - error.returncode
+    except ValueError as error:  # what Accelerate says of options and files that it cannot use
+        raise ConfigError(str(error)) from error
     return 0
 
 
@@ -99,7 +102,6 @@ def write_configuration(
     Raises:
         ConfigError: settings that cannot be used, or a file that is there.
     """
-    import yaml
     from accelerate.commands.config.config_args import default_yaml_config_file
 
     SlideConfig.of(settings, origin=SECTION)
@@ -118,13 +120,18 @@ def write_configuration(
         "debug": False,
         SECTION: dict(settings),
     }
-    if path.suffix == ".json":
-        text = json.dumps(content, indent=2) + "\n"
-    else:
-        text = yaml.safe_dump(content, sort_keys=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    _write(path, content)
     return path
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a configuration in the format that its name stands for."""
+    import yaml
+
+    is_json = path.name.endswith(".json")
+    text = json.dumps(content, indent=2) + "\n" if is_json else yaml.safe_dump(content, sort_keys=False)
+    path.write_text(text, encoding="utf-8")
 
 
 def accept_section(module: ModuleType) -> None:
@@ -149,7 +156,7 @@ def accept_section(module: ModuleType) -> None:
                 stream_with(launcher, section, f"{SECTION} of {path}")
         with tempfile.TemporaryDirectory(prefix="slideformer-") as directory:
             rest = Path(directory) / Path(path).name
-            rest.write_text(json.dumps(content), encoding="utf-8")  # which is YAML too
+            _write(rest, content)
             try:
                 return load(str(rest))
             except ValueError as error:
@@ -191,6 +198,8 @@ def stream_with(launcher: ModuleType, section: Any, origin: str) -> None:
     def start_streamed(args: argparse.Namespace) -> None:
         with _errors_in_one_line():
             settings = {} if section is None else section
+            if not isinstance(settings, Mapping):
+                raise ConfigError(f"{origin} must be a mapping of settings, got {settings!r}")
             SlideConfig.of(settings, origin=origin)
             check_launch(args)
         os.environ[CONFIG_VARIABLE] = json.dumps(settings)
@@ -276,13 +285,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_module = given[:1] == ["-m"]
     sys.argv = given[1:] if is_module else given
+    if not is_module:
+        with _errors_in_one_line():
+            if not os.path.exists(sys.argv[0]):
+                raise ConfigError(f"there is no script {sys.argv[0]!r}; -m runs a module")
+        if not sys.flags.safe_path:
+            sys.path[0] = os.path.dirname(os.path.realpath(sys.argv[0]))  # as Python has it for a script
     after_import("accelerate", bind_accelerator)
     after_import("transformers.trainer", refuse_plain_trainer)
-    if is_module:
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.path[0] = os.path.dirname(os.path.realpath(sys.argv[0]))  # as Python has it for a script
-        runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        if is_module:
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            # Absolute, because it becomes `__file__`, which Python makes absolute for a script. It becomes
+            # `sys.argv[0]` too, which differs from Python's for a relative path.
+            runpy.run_path(os.path.abspath(sys.argv[0]), run_name="__main__")
+    except SystemExit as end:
+        if not end.code:
+            _warn_if_not_streamed()
+        raise
+    _warn_if_not_streamed()
+
+
+def _warn_if_not_streamed() -> None:
     if "hf_slideformer.accelerator" not in sys.modules:
         print(
             f"slideformer: warning: {sys.argv[0]} ended without using accelerate.Accelerator, so nothing was streamed",

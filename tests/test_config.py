@@ -36,7 +36,9 @@ def test_sizes(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "24 GiBs", "24G", "1e9", "-1GiB", "1,5GiB", "24GiB free", "0x10", "nan", True, None]
+    "text",
+    ["", "GiB", "24 GiBs", "24G", "1e9", "-1GiB", "1,5GiB", "24GiB free", "0x10", "nan", True, None]
+    + [pytest.param("9" * 400 + "B", id="beyond a float")],
 )
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="'24GiB'"):
@@ -131,7 +133,8 @@ def test_bad_values(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("cpu_threads", True), ("cpu_threads", 1.5), ("trace_steps", "2")]
+    ("name", "value"),
+    [("cpu_threads", True), ("cpu_threads", 1.5), ("trace_steps", "2"), ("trace_steps", True)],
 )
 def test_bad_types(name, value):
     with pytest.raises(ConfigError, match=rf"{name} must be"):

@@ -1,6 +1,7 @@
 """Plain scripts under both launchers: really streamed, with the numbers of plain Accelerate; and what is refused."""
 
 import argparse
+import datetime
 import json
 import os
 import runpy
@@ -197,7 +198,8 @@ REFUSED = {
     "no_python": ({}, ["--no_python"], "--no_python"),
     "unknown_key": ({"slideformer_config": {"gpu_memry": "1GiB"}}, [], "did you mean 'gpu_memory'"),
     "value": ({"slideformer_config": {"placement": "streamed"}}, [], "'auto', 'stream'"),
-    "no_mapping": ({"slideformer_config": ["stream"]}, [], "slideformer_config"),
+    "no_mapping": ({"slideformer_config": ["stream"]}, [], "must be a mapping of settings, got ['stream']"),
+    "a_text": ({"slideformer_config": "stream"}, [], "must be a mapping of settings, got 'stream'"),
 }
 
 
@@ -229,6 +231,40 @@ def test_missing_file(started, tmp_path, capsys):
     assert "missing.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["slideformer.yaml", "slideformer.json"])
+def test_accelerate_reads_the_rest_as_it_was_written(name, tmp_path):
+    rest = {"number": 0.00001, "text": "no", "emoji": "\U0001f600"}
+    text = "number: 1.0e-05\ntext: 'no'\nemoji: \U0001f600\nday: 2026-01-31\nslideformer_config: {}\n"
+    if name.endswith(".json"):
+        text = json.dumps(rest | {"slideformer_config": {}})
+    else:
+        rest["day"] = datetime.date(2026, 1, 31)
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    module = SimpleNamespace(load_config_from_file=launch.read_configuration, default_config_file=None)
+    launch.accept_section(module)
+    assert module.load_config_from_file(str(path)) == rest
+
+
+def test_refused_without_a_file(started, capsys):
+    for flags in (["--use_fsdp"], ["--multi_gpu"], ["--multi_gpu", "--num_processes", "2"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["launch", *flags, "train.py"])
+        assert ended.value.code == 2
+        *_, error = capsys.readouterr().err.splitlines()
+        assert error.startswith("slideformer: error: slideformer launch: ") and "several processes" in error
+    assert not started
+
+
+def test_options_that_accelerate_refuses(started, tmp_path, capsys):
+    assert cli.main(["launch", "--cpu", "--multi_gpu", "train.py"]) == 2
+    assert "slideformer: error: You can only use one of `--cpu`, `--multi_gpu`" in capsys.readouterr().err
+    config = write(tmp_path / "slideformer.yaml", STREAM)
+    assert cli.main(["launch", "--config_file", str(config), "train.py"]) == 2
+    assert "distributed_type" in capsys.readouterr().err
+    assert not started
+
+
 def test_accelerates_error_names_the_users_file(started, tmp_path):
     config = write(tmp_path / "slideformer.yaml", CONFIG | STREAM | {"num_procesess": 1})
     with pytest.raises(ValueError, match="num_procesess") as error:
@@ -253,18 +289,43 @@ def test_a_script_sees_what_it_would_without_us(as_module, run, tmp_path):
     (folder / "neighbour.py").write_text("NAME = 'neighbour'\n")
     (folder / "__init__.py").write_text("")
     (folder / "script.py").write_text(
-        "import json, pickle, sys\n"
+        "import json, os, pickle, sys\n"
         f"from {'folder.' if as_module else ''}neighbour import NAME\n"
         "class Mine: pass\n"
         "assert type(pickle.loads(pickle.dumps(Mine()))) is Mine\n"
         "assert not {'torch', 'accelerate', 'transformers'} & set(sys.modules)\n"
-        "print(json.dumps([NAME, __name__, __file__, sys.argv, sys.path[0]]))\n"
+        "print(json.dumps([NAME, __name__, __file__, os.path.abspath(sys.argv[0]), sys.argv[1:], sys.path[0]]))\n"
     )
-    script = ["-m", "folder.script"] if as_module else [folder / "script.py"]
+    script = ["-m", "folder.script"] if as_module else ["folder/script.py"]
     ours, theirs = run("-m", "hf_slideformer.launch", *script, "--x", "1"), run(*script, "--x", "1")
     assert ours.returncode == 0, ours.stderr
     assert ours.stdout == theirs.stdout
     assert theirs.stdout.startswith('["neighbour", "__main__"')
+
+
+def test_a_script_that_is_not_there(run):
+    result = run("-m", "hf_slideformer.launch", "missing.py")
+    assert result.returncode == 2
+    assert result.stderr == "slideformer: error: there is no script 'missing.py'; -m runs a module\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "warned"),
+    [("", 0, True), ("exit()", 0, True), ("exit(0)", 0, True), ("exit(3)", 3, False)],
+)
+def test_a_script_that_never_streams_is_told_so(end, code, warned, run, tmp_path):
+    (tmp_path / "script.py").write_text(f"from sys import exit\n{end}\n")
+    result = run("-m", "hf_slideformer.launch", "script.py")
+    assert result.returncode == code
+    assert ("nothing was streamed" in result.stderr) == warned
+
+
+def test_the_safe_path_of_a_script_is_left_alone(run, tmp_path):
+    (tmp_path / "script.py").write_text("import sys; print(sys.path)")
+    ours, theirs = (
+        run(*runner, "script.py", PYTHONSAFEPATH="1") for runner in (["-m", "hf_slideformer.launch"], [])
+    )
+    assert (ours.returncode, ours.stdout) == (0, theirs.stdout), ours.stderr
 
 
 def test_workers_that_are_spawned(run, tmp_path):
