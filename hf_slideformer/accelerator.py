@@ -7,7 +7,7 @@ Accelerate's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class SlideAccelerator(Accelerator):
     _slide_shape: BatchShape | None = None
     _slide_overlap_is_exact = False
     _slide_bf16: bool | None = None
+    # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
+    _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
 
     def configure_slide(
         self,
@@ -82,7 +84,9 @@ class SlideAccelerator(Accelerator):
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         for position, obj in enumerate(args):
             if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
-                self.count_on_batches(obj.dataset, obj.batch_size, models[0] if models else None)
+                self.count_on_batches(
+                    obj.dataset, obj.batch_size, models[0] if models else None, collate=obj.collate_fn
+                )
             if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
                 result[position] = SlideAdamW.adopt(obj)
         prepared = super().prepare(*result, device_placement=device_placement)
@@ -99,7 +103,11 @@ class SlideAccelerator(Accelerator):
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
-        """Stream `model`; a model that is streamed already is returned as it is."""
+        """Stream `model`; a model that is streamed already is returned as it is.
+
+        With `evaluation_mode` it is for reading only (DPO's reference model): its parameters are frozen, and it has
+        room for nothing but weights.
+        """
         if self._slide_bf16 is None:
             self.configure_slide(
                 SlideConfig(), micro_batches=1, overlap_is_exact=False, shape=self._slide_shape
@@ -121,6 +129,7 @@ class SlideAccelerator(Accelerator):
             model,
             device=self.device,
             for_training=not evaluation_mode,
+            read_only=evaluation_mode and not self._slide_will_train(model),
             shape=self._slide_shape,
             **settings,
         )
@@ -128,13 +137,20 @@ class SlideAccelerator(Accelerator):
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def count_on_batches(self, dataset: Any, batch_size: int | None, model: torch.nn.Module | None) -> None:
+    def count_on_batches(
+        self,
+        dataset: Any,
+        batch_size: int | None,
+        model: torch.nn.Module | None,
+        collate: Callable[[list], Any] | None = None,
+    ) -> None:
         """Find out what batches are like, where activations are planned for.
 
         Args:
             dataset: what the data loader reads.
             batch_size: sequences of a micro-batch; None where the dataset or a sampler makes the batches.
             model: to be trained, if it is known already.
+            collate: makes batches of samples.
         """
         config = self._slide_config or SlideConfig()
         if batch_size is not None and plans_activations(self.device, config):
@@ -143,6 +159,7 @@ class SlideAccelerator(Accelerator):
                 batch_size=batch_size,
                 seq_len=config.seq_len,
                 max_positions=max_positions(getattr(model, "config", None)),
+                collate=collate,
             )
 
     def prepare_optimizer(
