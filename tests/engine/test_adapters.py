@@ -14,10 +14,6 @@ from hf_slideformer.memory.layout import FP32_MOMENTS
 
 from .loop import all_tensors, assert_same_bits, batches, decide, prepare, tiny_llama, train
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # by peft; the answer is the same
-)
-
 RANK = 4
 UNITS = 6
 ALL = range(UNITS)

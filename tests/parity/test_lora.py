@@ -18,11 +18,6 @@ from .harness import Case
 from .test_bf16 import ARGS as BF16_ARGS
 from .test_bf16 import residuals_of, run_reference
 
-pytestmark = pytest.mark.filterwarnings(
-    # peft asks transformers by the older name; what it is told is the same.
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
-)
-
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -24,11 +24,6 @@ from hf_slideformer.engine.engine import engine_of
 
 from . import harness, models
 
-pytestmark = pytest.mark.filterwarnings(
-    # TRL, peft and transformers' own arguments use the older names of what is called activation checkpointing now.
-    "ignore:`(is_)?gradient_checkpointing(_enable|_disable)?` is deprecated:FutureWarning",
-)
-
 PAIRS = {SFTTrainer: SlideSFTTrainer, DPOTrainer: SlideDPOTrainer}
 CONFIGS = {SFTTrainer: SFTConfig, DPOTrainer: DPOConfig}
 

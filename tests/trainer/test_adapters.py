@@ -12,10 +12,6 @@ from hf_slideformer.checkpoint import joined_state_dict
 
 from .runs import Loop, Tokens, assert_same_weights, batches, llama, make, masters, plain_loop
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",  # by peft; the answer is the same
-)
-
 PRECISIONS = {
     "fp32": (torch.float32, False),
     "fp32 base, bf16": (torch.float32, True),
@@ -44,7 +40,13 @@ def test_a_checkpoint_holds_adapters_and_resumes_bit_for_bit(tmp_path, precision
     straight = make(SlideTrainer, _lora(dtype), tmp_path / "straight", bf16=bf16)
     straight.train()
     saving = make(
-        SlideTrainer, _lora(dtype), tmp_path / "run", bf16=bf16, max_steps=2, save_strategy="steps", save_steps=2
+        SlideTrainer,
+        _lora(dtype),
+        tmp_path / "run",
+        bf16=bf16,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=2,
     )
     saving.train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
