@@ -7,6 +7,7 @@ Accelerate's own.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ class SlideAccelerator(Accelerator):
     _slide_bf16: bool | None = None
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
     _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
+    _slide_references: tuple[weakref.ref[SlideEngine], ...] = ()
 
     def configure_slide(
         self,
@@ -131,11 +133,26 @@ class SlideAccelerator(Accelerator):
             for_training=not evaluation_mode,
             read_only=evaluation_mode and not self._slide_will_train(model),
             shape=self._slide_shape,
+            taken=self.slide_taken(),
             **settings,
         )
+        if engine.read_only:
+            self._slide_references = (*self._slide_references, weakref.ref(engine))
         save_exactly(model, engine)
         # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def slide_references(self) -> list[SlideEngine]:
+        """Engines of models that were prepared for reading only, as long as they are there."""
+        return [engine for reference in self._slide_references if (engine := reference()) is not None]
+
+    def slide_taken(self) -> dict[str, int]:
+        """Bytes by tier that such models take of what the settings allow."""
+        taken: dict[str, int] = {}
+        for engine in self.slide_references():
+            for tier, nbytes in engine.plan.peaks["train"].items():
+                taken[tier] = taken.get(tier, 0) + nbytes
+        return taken
 
     def count_on_batches(
         self,

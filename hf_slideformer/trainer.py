@@ -166,6 +166,7 @@ class SlideTrainerMixin(CheckpointMixin):
             bf16=bool(self.accelerator._slide_bf16),
             config=self._slide_config,
             shape=self.accelerator._slide_shape,
+            taken=self.accelerator.slide_taken(),
             liger=self._liger_config() if self.args.use_liger_kernel else None,
         )
 
@@ -337,12 +338,9 @@ class _NoticeSyncedReference(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Runs after TRL's own callback."""
-        reference = getattr(self._trainer, "ref_model", None)
-        if reference is None or not getattr(args, "sync_ref_model", False):
-            return
-        engine = engine_of(reference)
-        if engine is not None and state.global_step % args.ref_model_sync_steps == 0:
-            engine.weights_changed()
+        if getattr(args, "sync_ref_model", False) and state.global_step % args.ref_model_sync_steps == 0:
+            for reference in self._trainer.accelerator.slide_references():
+                reference.weights_changed()
 
 
 class _TellPlan(TrainerCallback):
@@ -362,6 +360,8 @@ class _TellPlan(TrainerCallback):
             logger.info("Where the training state lives:\n%s", plan)
         else:
             print(f"Where the training state lives:\n{plan}", flush=True)
+            for reference in self._trainer.accelerator.slide_references():
+                print(f"Beside it, a model that is only read:\n{reference.plan}", flush=True)
         if SaveStrategy(args.save_strategy) != SaveStrategy.NO and args.should_save:
             check_free_space(Path(args.output_dir), self._trainer._checkpoint_bytes(), self._trainer._files)
         path = Path(args.output_dir) / PLAN_FILE

@@ -88,6 +88,7 @@ class SlideEngine:
             and there is room for nothing but weights.
         shape: what is known of micro-batches; without it the planner keeps away from what depends on them.
         decisions: where state lives and what happens to activations; None lets the planner decide.
+        taken: bytes by tier that other models have of what the settings allow.
         delays: for tests: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" (on the CPU), of
             "update" and of "disk", by label.
 
@@ -110,6 +111,7 @@ class SlideEngine:
         read_only: bool = False,
         shape: BatchShape | None = None,
         decisions: Decisions | None = None,
+        taken: Mapping[str, int] | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         self._delays = delays = delays or {}
@@ -153,7 +155,13 @@ class SlideEngine:
         self.overlapped = blueprint.overlapped
         gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
         self._refusal: PlanError | None = None
-        how: dict[str, Any] = {"device": device, "bf16": bf16, "config": config, "shape": shape}
+        how: dict[str, Any] = {
+            "device": device,
+            "bf16": bf16,
+            "config": config,
+            "shape": shape,
+            "taken": taken,
+        }
         try:  # also where only evaluation is asked for now: training may follow
             self._planned = plan_for(model, blueprint, **how, training=not read_only, decisions=decisions)
         except PlanError as error:
@@ -163,7 +171,7 @@ class SlideEngine:
             self._planned = plan_for(model, blueprint, **how, training=False)
         self.plan = self._planned.evaluating()
         decisions = self.plan.decisions
-        self._budgets = find_budgets(config, device)
+        self._budgets = find_budgets(config, device, taken=taken)
 
         self._pinned_bytes = 0
         self._warned_of_pageable = False

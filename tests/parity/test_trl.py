@@ -207,11 +207,12 @@ def test_runs_learn_and_references_matter(stock):
     assert stock("dpo, reference").losses != stock("dpo, reference that follows").losses
 
 
-def test_the_reference_is_read_only_and_streams(tmp_path):
+def test_the_reference_is_read_only_and_streams(tmp_path, capsys):
     trainer = CASES["dpo, reference"].make(
-        SlideDPOTrainer, tmp_path, slide_config=SlideConfig(gpu_memory="64MiB")
+        SlideDPOTrainer, tmp_path, {"disable_tqdm": False}, slide_config=SlideConfig(gpu_memory="64MiB")
     )
     trainer.train()
+    assert "a model that is only read:\n4 units" in capsys.readouterr().out
     reference, trained = engine_of(trainer.ref_model), trainer.slide.engine
     assert reference is not trained
     assert not any(param.requires_grad for param in trainer.ref_model.parameters())
@@ -220,6 +221,7 @@ def test_the_reference_is_read_only_and_streams(tmp_path):
         assert torch.equal(trainer.ref_model.get_parameter(name), param), name
     layer_bytes = 4 * sum(param.numel() for param in fresh.model.layers[0].parameters())
     plan = reference.plan
+    assert trained.plan.budgets["GPU"] == 64 * 2**20 - plan.peaks["train"]["GPU"]
     assert plan.update == "none" and plan.units == 4 and plan.decisions.resident == ()
     assert plan.tier_bytes("RAM") == reference.host_bytes == 4 * _pages(layer_bytes)
     assert reference.metrics.totals().keys() <= {"h2d_bytes", "wait_weights_s"}  # nothing comes back
