@@ -26,6 +26,7 @@ from .checkpoint import check_free_space
 from .config import SlideConfig
 from .engine.blueprint import Blueprint
 from .engine.engine import SlideEngine, engine_of
+from .engine.follow import follow
 from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
@@ -111,7 +112,8 @@ class SlideTrainerMixin(CheckpointMixin):
                 self.label_smoother.epsilon, self.label_smoother.ignore_index
             )
         self.callback_handler.callbacks[:0] = [_DrainBeforeForeignCallbacks(self), _TellPlan(self)]
-        self.callback_handler.callbacks.append(_NoticeSyncedReference(self))
+        if getattr(self.args, "sync_ref_model", False):
+            self._take_over_reference()
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -123,9 +125,19 @@ class SlideTrainerMixin(CheckpointMixin):
             self.train_dataset, self.args.train_batch_size, self.model, collate=self.data_collator
         )
 
+    def _take_over_reference(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        theirs = [callback for callback in callbacks if type(callback).__name__ == "SyncRefModelCallback"]
+        if len(theirs) != 1:
+            raise UnsupportedModelError(
+                "this version of TRL synchronizes the reference model in a way that is not known here; set "
+                "sync_ref_model=False"
+            )
+        callbacks[callbacks.index(theirs[0])] = _FollowingReference(self)
+
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         """As in TRL's DPOTrainer, which may run the model when the trainer is made: it streams from then on."""
-        if self.slide.engine is None:
+        if self.slide.engine is None and getattr(self, "ref_model", None) is None:
             self._check_before_streaming()
             self.accelerator.prepare_model(self.model, evaluation_mode=True)
         return super().compute_ref_log_probs(*args, **kwargs)
@@ -330,17 +342,21 @@ for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") 
     setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
 
 
-class _NoticeSyncedReference(TrainerCallback):
-    """Tells the engine of TRL's reference model (`sync_ref_model`) when its weights were written through `p.data`."""
+class _FollowingReference(TrainerCallback):
+    """Lets TRL's reference model follow the trained one, in the place of TRL's own callback.
+
+    That one adds parameters of the two models, which may lie on different devices, through `p.data`.
+    """
 
     def __init__(self, trainer: SlideTrainerMixin) -> None:
         self._trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Runs after TRL's own callback."""
-        if getattr(args, "sync_ref_model", False) and state.global_step % args.ref_model_sync_steps == 0:
+        """Every `ref_model_sync_steps` steps."""
+        trained = self._trainer.slide.engine
+        if trained is not None and state.global_step % args.ref_model_sync_steps == 0:
             for reference in self._trainer.accelerator.slide_references():
-                reference.weights_changed()
+                follow(reference, trained, args.ref_model_mixup_alpha)
 
 
 class _TellPlan(TrainerCallback):

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from hf_slideformer import SlideAdamW, SlideConfig, StateError, UnsupportedModelError
 from hf_slideformer.checkpoint import save_exactly
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.follow import follow
+from hf_slideformer.engine.profile import profile_model
 from hf_slideformer.memory.layout import FP32_MOMENTS
 
 from .loop import all_tensors, assert_same_bits, batches, decide, prepare, tiny_llama, train
@@ -120,6 +122,17 @@ def test_a_step_moves_weights_down_and_gradients_of_adapters_up():
         "d2h_bytes": 2 * adapter_params,
         "updated_params": adapter_params,
     }
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_loss_of_a_peft_model_is_profiled(task_type):
+    """Without a task PEFT's wrapper takes any arguments, so the base says what it wants."""
+    settings = {"batch_size": 2, "seq_len": 16, "bf16": False, "fused_loss": False, "device_type": "cpu"}
+    base = tiny_llama(torch.float32).requires_grad_(False)
+    base.model.layers[0].requires_grad_(True)
+    profile = profile_model(_lora(torch.float32, task_type=task_type), **settings)
+    assert profile.source != "estimated"
+    assert profile.loss_bytes == profile_model(base, **settings).loss_bytes
 
 
 # -- bits ------------------------------------------------------------------------------------------------------
@@ -280,6 +293,33 @@ def test_a_read_only_model_is_not_trained():
     engine = _read_only(model)
     with pytest.raises(StateError, match="evaluation only"):
         engine.attach_optimizer(SlideAdamW(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16"), [(torch.bfloat16, True), (torch.float32, True), (torch.float32, False)]
+)
+def test_a_reference_follows_the_trained_model_wherever_both_live(dtype, bf16):
+    """In the dtype that the weights came in: the halves of fp32 masters move together."""
+    model, other = tiny_llama(dtype), tiny_llama(dtype, seed=1)
+    tokens = batches(1)[0]
+    reference = _read_only(other, bf16=bf16)
+    with torch.no_grad():
+        other(input_ids=tokens)  # copies in the slots
+    run = train(
+        prepare(model, bf16=bf16, decisions=decide(resident=(0, 4), outside_state="RAM")), 2, autocast=bf16
+    )
+    expected = {}
+    for state in reference.states:
+        was = state.read_master().clone()
+        expected[state.name] = was.mul_(1 - 0.3).add_(run.weights[state.name], alpha=0.3)
+    follow(reference, run.engine, 0.3)
+    for state in reference.states:
+        assert torch.equal(state.read_master(), expected[state.name]), state.name
+    plain = tiny_llama(other.dtype)
+    plain.load_state_dict({name: value.to(other.dtype) for name, value in expected.items()})
+    with torch.no_grad():
+        logits, wanted = other(input_ids=tokens).logits, plain(input_ids=tokens).logits
+    torch.testing.assert_close(logits, wanted, rtol=0.02, atol=0.02)
 
 
 # -- what cannot stream ---------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_slideformer import SlideConfig, SlideDPOTrainer, SlideSFTTrainer
+from hf_slideformer import SlideConfig, SlideDPOTrainer, SlideSFTTrainer, UnsupportedModelError
 from hf_slideformer.engine.engine import engine_of
 
 from . import harness, models
@@ -197,6 +197,18 @@ def test_losses_of_the_stock_trainer(name, stock, tmp_path):
     assert (engine.plan.units, trainer.args.gradient_checkpointing) == (4, False)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in CASES if "wrapping" not in name])
+def test_losses_of_the_stock_trainer_on_the_gpu(name, tmp_path):
+    """In fp32; kernels may sum in another order where a unit is run on other addresses."""
+    case, on_gpu = CASES[name], {"use_cpu": False}
+    stock = _train(case.make(case.trainer, tmp_path / "stock", on_gpu | {"activation_offloading": False}))
+    trainer = case.make(PAIRS[case.trainer], tmp_path / "slide", on_gpu, slide_config={"placement": "stream"})
+    slide = _train(trainer)
+    assert harness.relative_difference(stock.losses, slide.losses) <= 1e-3
+    assert trainer.slide.engine.plan.units == 4 and trainer.slide.engine.device.type == "cuda"
+
+
 def test_runs_learn_and_references_matter(stock):
     """Were the reference the trained model itself, losses would stay those of the first step, and margins zero."""
     for name, case in CASES.items():
@@ -229,6 +241,15 @@ def test_the_reference_is_read_only_and_streams(tmp_path, capsys):
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // 4096) * 4096
+
+
+def test_a_way_of_following_that_is_not_known_is_refused(tmp_path):
+    class Unknown(SlideDPOTrainer):
+        def add_callback(self, callback):
+            """Whatever TRL might do instead of it."""
+
+    with pytest.raises(UnsupportedModelError, match="sync_ref_model=False"):
+        CASES["dpo, reference that follows"].make(Unknown, tmp_path)
 
 
 def test_log_probabilities_are_precomputed_by_the_streamed_model(tmp_path):
