@@ -12,6 +12,7 @@ ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.17.0
+OLDEST_ACCELERATE := 1.15.0
 OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -qq
@@ -40,10 +41,11 @@ test-gpu: $(VENV)/.test $(VENV)/.gpu
 		|| { echo "make test-gpu: torch finds no CUDA device here" >&2; exit 1; }
 	$(OFFLINE) $(BIN)/python -m pytest -m gpu $(ARGS)
 
-# The oldest transformers and Triton that we support, where they can differ: the parity tests, the GPU kernels
-# compiled and interpreted, and the smoke tests.
+# The oldest transformers, Accelerate and Triton that we support, where they can differ: the parity tests, a plain
+# script under `accelerate launch`, the GPU kernels compiled and interpreted, and the smoke tests.
 SMOKE := tests/test_imports.py tests/bench/test_throughput_tiny.py::test_slide_row tests/kernels/test_gpu.py \
-	tests/kernels/test_cross_entropy.py::test_all_kernels_compile_for_all_targets
+	tests/kernels/test_cross_entropy.py::test_all_kernels_compile_for_all_targets \
+	tests/test_accelerator.py tests/launch/test_wheel.py::test_example_under_accelerate_launch
 test-oldest: $(OLDEST)/.test
 	$(OFFLINE) $(OLDEST)/bin/python -m pytest $(PARALLEL) $(wildcard tests/parity) $(SMOKE) $(ARGS)
 
@@ -114,5 +116,5 @@ $(VENV)/.gpu: $(VENV)/.torch pyproject.toml
 
 $(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
 	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/torch.txt -e ".[test]" \
-		"transformers==$(OLDEST_TRANSFORMERS)" "triton==$(OLDEST_TRITON)"
+		"transformers==$(OLDEST_TRANSFORMERS)" "accelerate==$(OLDEST_ACCELERATE)" "triton==$(OLDEST_TRITON)"
 	@touch $@

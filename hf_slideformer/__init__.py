@@ -15,6 +15,7 @@ _EXPORTS = {
     "SlideTrainerMixin": "trainer",
     "SlideConfig": "config",
     "SlideAccelerator": "accelerator",
+    "SlideFormerPlugin": "accelerator",
     "SlideAdamW": "optim",
     "SlideFormerError": "errors",
     "ConfigError": "errors",
@@ -36,6 +37,7 @@ __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from .accelerator import SlideAccelerator as SlideAccelerator
+    from .accelerator import SlideFormerPlugin as SlideFormerPlugin
     from .config import SlideConfig as SlideConfig
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError

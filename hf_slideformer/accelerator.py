@@ -7,14 +7,18 @@ Accelerate's own.
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.accelerator import Accelerator  # not from the package, where a launcher may have bound ours
+from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 
 from .checkpoint import (
     OPTIMIZER_FOLDER,
@@ -33,15 +37,42 @@ from .checkpoint import (
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.engine import SlideEngine, engine_of
-from .engine.planning import plans_activations
-from .errors import CheckpointError, UnsupportedModelError
+from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
+from .errors import CheckpointError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideFormerPlugin:
+    """How `SlideAccelerator` streams.
+
+    Args:
+        config: a `SlideConfig`, a dict or a YAML path. None takes what the launcher handed on (`accelerate launch` with
+            a `slideformer_config` section), and the defaults without one. Kept as a `SlideConfig`.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+    """
+
+    config: SlideConfig | Mapping[str, Any] | str | os.PathLike | None = None
+
+    def __post_init__(self) -> None:
+        given = self.config
+        object.__setattr__(
+            self, "config", SlideConfig.of_launch() if given is None else SlideConfig.of(given)
+        )
 
 
 class SlideAccelerator(Accelerator):
     """An `Accelerator` whose `prepare` streams the model.
 
-    `configure_slide` sets how; without it the defaults of `SlideConfig` hold.
+    Args: as for `Accelerator`, and `slideformer_plugin`, which says how.
+
+    Raises:
+        ConfigError: settings that cannot be used.
+        UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
     """
 
     _slide_config: SlideConfig | None = None
@@ -52,6 +83,15 @@ class SlideAccelerator(Accelerator):
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
     _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
     _slide_references: tuple[weakref.ref[SlideEngine], ...] = ()
+
+    def __init__(
+        self, *args: Any, slideformer_plugin: SlideFormerPlugin | None = None, **kwargs: Any
+    ) -> None:
+        plugin = SlideFormerPlugin() if slideformer_plugin is None else slideformer_plugin
+        _check_asked(kwargs)  # Accelerate drops plugins without a word where there is one process
+        super().__init__(*args, **kwargs)
+        check_environment(self)
+        self._slide_config = SlideConfig.of(plugin.config)
 
     def configure_slide(
         self,
@@ -81,26 +121,42 @@ class SlideAccelerator(Accelerator):
         self._slide_bf16 = self.mixed_precision == "bf16"
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
-        """As in Accelerate. Model and optimizer given together are connected; the model is streamed."""
-        result = list(args)
+        """As in Accelerate; models are streamed, and an optimizer of their parameters is connected to them.
+
+        Model and optimizer may be given together, or one after the other in either order. A model without an
+        optimizer can be evaluated.
+
+        Raises:
+            UnsupportedModelError: a model that cannot be streamed, or an optimizer that cannot train it.
+            PlanError: it does not fit.
+        """
+        for obj in args:
+            if isinstance(obj, (DummyOptim, DummyScheduler)):
+                raise UnsupportedModelError(
+                    f"{type(obj).__name__} stands for one that DeepSpeed makes; give a torch.optim.AdamW and, made for "
+                    "it, a scheduler"
+                )
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
-        for position, obj in enumerate(args):
+        optimizers = [_unwrapped(obj) for obj in args if isinstance(obj, torch.optim.Optimizer)]
+        for obj in args:
             if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
                 self.count_on_batches(
                     obj.dataset, obj.batch_size, models[0] if models else None, collate=obj.collate_fn
                 )
-            if isinstance(obj, torch.optim.Optimizer) and not hasattr(obj, "gradient_state") and models:
-                result[position] = SlideAdamW.adopt(obj)
-        prepared = super().prepare(*result, device_placement=device_placement)
-        optimizers = [
-            obj for obj in (prepared if isinstance(prepared, tuple) else (prepared,)) if _is_optimizer(obj)
-        ]
+        known = [*map(_unwrapped, self._optimizers), *optimizers]
+        for model in [*self._models, *models]:
+            _check_optimizers(model, known)
+        if len(models) == 1:
+            for optimizer in optimizers:
+                if not any(_shares_parameters(optimizer, model) for model in [*self._models, *models]):
+                    raise UnsupportedModelError(
+                        f"the {type(optimizer).__name__} holds no parameter of the {type(models[0]).__name__} that it "
+                        "is prepared with; make the optimizer from the same model object"
+                    )
+        # Models first, and with what is known of all optimizers: Accelerate goes through the arguments one by one.
         for model in models:
-            engine = engine_of(model)
-            if engine is not None and len(models) == 1:
-                for optimizer in optimizers:
-                    engine.attach_optimizer(optimizer.optimizer)
-        return prepared
+            self._slide_stream(model, for_training=any(_shares_parameters(opt, model) for opt in known))
+        return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
@@ -110,9 +166,22 @@ class SlideAccelerator(Accelerator):
         With `evaluation_mode` it is for reading only (DPO's reference model): its parameters are frozen, and it has
         room for nothing but weights.
         """
+        known = [_unwrapped(optimizer) for optimizer in self._optimizers]
+        _check_optimizers(model, known)
+        for_training = not evaluation_mode and any(_shares_parameters(opt, model) for opt in known)
+        self._slide_stream(model, for_training=for_training, evaluation_mode=evaluation_mode)
+        return model
+
+    def _slide_stream(
+        self, model: torch.nn.Module, *, for_training: bool, evaluation_mode: bool = False
+    ) -> None:
+        """Give `model` an engine, unless it has one, and connect it to its optimizer, if that is prepared."""
         if self._slide_bf16 is None:
             self.configure_slide(
-                SlideConfig(), micro_batches=1, overlap_is_exact=False, shape=self._slide_shape
+                self._slide_config or SlideConfig(),
+                micro_batches=1,
+                overlap_is_exact=False,
+                shape=self._slide_shape,
             )
         settings: dict[str, Any] = {
             "bf16": bool(self._slide_bf16),
@@ -121,26 +190,40 @@ class SlideAccelerator(Accelerator):
             "overlap_is_exact": self._slide_overlap_is_exact,
         }
         engine = engine_of(model)
-        if engine is not None:
+        if engine is None:
+            engine = SlideEngine(
+                model,
+                device=self.device,
+                for_training=for_training,
+                read_only=evaluation_mode and not self._slide_will_train(model),
+                shape=self._slide_shape,
+                taken=self.slide_taken(),
+                **settings,
+            )
+            if engine.read_only:
+                self._slide_references = (*self._slide_references, weakref.ref(engine))
+            save_exactly(model, engine)
+            # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
+            super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        else:
             if not evaluation_mode:
                 engine.check_settings(**settings)
             if model not in self._models:
                 self._models.append(model)
-            return model
-        engine = SlideEngine(
-            model,
-            device=self.device,
-            for_training=not evaluation_mode,
-            read_only=evaluation_mode and not self._slide_will_train(model),
-            shape=self._slide_shape,
-            taken=self.slide_taken(),
-            **settings,
-        )
-        if engine.read_only:
-            self._slide_references = (*self._slide_references, weakref.ref(engine))
-        save_exactly(model, engine)
-        # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
-        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+        self._slide_connect()
+
+    def _slide_connect(self) -> None:
+        """Give engines the optimizers of their parameters, where both are prepared now."""
+        for wrapped in self._optimizers:
+            for model in self._models:
+                engine = engine_of(model)
+                if engine is not None and _shares_parameters(wrapped.optimizer, model):
+                    wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
+                    if not wrapped.optimizer.is_bound:
+                        engine.attach_optimizer(wrapped.optimizer)
+                        logger.info("Where the training state lives:\n%s", engine.plan)
+                        if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
+                            logger.warning(NOTHING_KNOWN_OF_BATCHES)
 
     def slide_references(self) -> list[SlideEngine]:
         """Engines of models that were prepared for reading only, as long as they are there."""
@@ -183,7 +266,12 @@ class SlideAccelerator(Accelerator):
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
     ) -> Any:
         """Wrap the optimizer; its state is placed by the engine, never by Accelerate."""
-        return super().prepare_optimizer(optimizer, device_placement=False)
+        known = [_unwrapped(opt) for opt in (*self._optimizers, optimizer)]
+        for model in self._models:
+            _check_optimizers(model, known)
+        prepared = super().prepare_optimizer(optimizer, device_placement=False)
+        self._slide_connect()
+        return prepared
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
         """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
@@ -193,6 +281,21 @@ class SlideAccelerator(Accelerator):
             if engine is not None and any(engine.owns(param) for param in parameters):
                 return engine.clip_grad_norm_(parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        """As in Accelerate, on the gradients that wait for `step()`.
+
+        Raises:
+            StateError: updates that overlap with backward have used them already.
+        """
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        for engine in filter(None, map(engine_of, self._models)):
+            if engine.overlapped and any(engine.owns(param) for param in parameters):
+                raise StateError(
+                    f"clip_grad_value_(clip_value={clip_value}) after overlapped updates have started; use "
+                    "SlideConfig(update='deferred')"
+                )
+        super().clip_grad_value_(parameters, clip_value)
 
     def unwrap_model(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
         """The model itself, with every pending update done."""
@@ -208,6 +311,14 @@ class SlideAccelerator(Accelerator):
             return {}  # `_save_streamed` writes them
         state = engine.state_dict_as_loaded(model) if engine is not None else None
         return super().get_state_dict(model, unwrap=unwrap) if state is None else state
+
+    def end_training(self) -> None:
+        """As in Accelerate, once every pending update is done."""
+        try:
+            for engine in filter(None, map(engine_of, self._models)):
+                engine.synchronize()
+        finally:
+            super().end_training()
 
     # -- saving and loading everything -----------------------------------------------------------------------
 
@@ -333,6 +444,72 @@ def _is_optimizer(obj: Any) -> bool:
     return isinstance(getattr(obj, "optimizer", None), SlideAdamW)
 
 
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer in Accelerate's wrapper, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _shares_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:
+    own = {id(param) for param in model.parameters()}
+    return any(id(param) in own for group in optimizer.param_groups for param in group["params"])
+
+
+def _check_optimizers(model: torch.nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Refuse optimizers of a model's parameters that cannot train it.
+
+    Raises:
+        UnsupportedModelError: another optimizer than AdamW, one with parameters of something else, or two of them.
+    """
+    own = {id(param) for param in model.parameters()}
+    seen: list[tuple[set[int], bool]] = []
+    for optimizer in dict.fromkeys(optimizers):
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        given = {id(param) for param in params}
+        if given.isdisjoint(own):
+            continue
+        SlideAdamW.check_adoptable(optimizer)
+        others = [tuple(param.shape) for param in params if id(param) not in own]
+        if others:
+            raise UnsupportedModelError(
+                f"{len(others)} of the optimizer's {len(params)} parameters, the first of shape {others[0]}, are not "
+                f"in the {type(model).__name__} that the others are in; make one optimizer for each model"
+            )
+        bound = isinstance(optimizer, SlideAdamW) and optimizer.is_bound
+        # A new one may take the place of one that has trained the same parameters.
+        if any(given.isdisjoint(earlier) or not (bound or was_bound) for earlier, was_bound in seen):
+            raise UnsupportedModelError(
+                f"the parameters of the {type(model).__name__} are in two optimizers; make one with a parameter group "
+                "for each, which has its own lr, betas, eps and weight_decay"
+            )
+        seen.append((given, bound))
+
+
+def _check_asked(kwargs: Mapping[str, Any]) -> None:
+    plugins = (
+        "deepspeed_plugin",
+        "deepspeed_plugins",
+        "fsdp_plugin",
+        "megatron_lm_plugin",
+        "parallelism_config",
+    )
+    given = [name for name in plugins if kwargs.get(name) is not None]
+    if given:
+        raise UnsupportedModelError(
+            f"hf_slideformer places the training state itself, in one process, and cannot run together with "
+            f"{', '.join(given)}; leave it out"
+        )
+    precision = kwargs.get("mixed_precision")
+    if precision is not None and str(precision) not in ("no", "bf16"):
+        raise UnsupportedModelError(_precision_message(str(precision)))
+
+
+def _precision_message(precision: str) -> str:
+    return (
+        f"mixed precision {precision!r} is not supported; use bf16=True, mixed_precision='bf16' with Accelerate (exact "
+        "fp32 masters), or fp32"
+    )
+
+
 def check_environment(accelerator: Accelerator) -> None:
     """Refuse launch modes and precisions that streaming cannot be combined with.
 
@@ -340,20 +517,29 @@ def check_environment(accelerator: Accelerator) -> None:
         UnsupportedModelError: with what to do instead.
     """
     state = accelerator.state
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) or any(
-        getattr(state, plugin, None) is not None for plugin in ("deepspeed_plugin", "fsdp_plugin")
+    others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+    plugins = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")
+    # What a launcher asks for, and Accelerate drops where there is one process.
+    asked = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM")
+    if (
+        accelerator.distributed_type in others
+        or any(getattr(state, plugin, None) is not None for plugin in plugins)
+        or any(os.environ.get(variable, "false").lower() == "true" for variable in asked)
     ):
         raise UnsupportedModelError(
-            "hf_slideformer places the training state itself and cannot run together with DeepSpeed or FSDP; "
-            "remove their configuration"
+            "hf_slideformer places the training state itself and cannot run together with DeepSpeed, FSDP or "
+            "Megatron-LM; remove their configuration"
         )
     if accelerator.num_processes > 1:
         raise UnsupportedModelError(
             f"hf_slideformer runs in one process, this launch has {accelerator.num_processes}; launch with "
-            "--num_processes 1"
+            "--num_processes 1, or from a notebook with notebook_launcher(..., num_processes=1)"
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UnsupportedModelError(_precision_message(accelerator.mixed_precision))
+    dynamo = getattr(state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
         raise UnsupportedModelError(
-            f"mixed precision {accelerator.mixed_precision!r} is not supported; use bf16=True (exact fp32 masters) "
-            "or fp32"
+            f"layers that are streamed cannot be compiled, and this accelerator has dynamo_backend={dynamo.backend}; "
+            "leave it out"
         )

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .engine.blueprint import Blueprint
     from .engine.planning import Planned
     from .hardware import Hardware
-    from .planner.disk import DiskShare
     from .planner.plan import Plan
     from .planner.workload import Budgets, Workload
 
@@ -46,13 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. Arguments that argparse refuses, and `--help`, end the process as argparse does.
     """
-    options = make_parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # argparse cannot hand on options that come before the first positional argument.
+    options = make_parser().parse_args(given[:1] if given[:1] == ["launch"] else given)
+    options.rest = given[1:]
     try:
         return options.run(options)
     except (ConfigError, UnsupportedModelError) as error:
         return _failed(error, EXIT_BAD_ARGUMENTS)
     except (SlideFormerError, OSError) as error:
         return _failed(error, EXIT_FAILED)
+    except EOFError:
+        return _failed(ConfigError("the answers ended early; give flags, or --defaults"), EXIT_BAD_ARGUMENTS)
     except KeyboardInterrupt:
         return 130  # what shells report for SIGINT
 
@@ -66,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
     _add_plan(subcommands)
     _add_probe(subcommands)
+    _add_config(subcommands)
+    _add_launch(subcommands)
     return parser
 
 
@@ -311,6 +318,10 @@ class _Asked:
             overlap_is_exact=training.max_grad_norm == 0 and training.micro_batches == 1,
             on_gpu=hardware.gpu is not None,
         )
+        if getattr(config, "dtype", None) == dtype:
+            # `from_pretrained` maps such weights; fused experts, which have three dimensions, it makes anew.
+            mapped = {spec.name for spec in blueprint.specs.values() if len(spec.shape) <= 2}
+            blueprint = replace(blueprint, mapped=frozenset(mapped))
         return cls(
             source=options.model,
             training=training,
@@ -457,65 +468,15 @@ def _advice(asked: _Asked, planned: Planned) -> list[str]:
 
 
 def _refuse(asked: _Asked, error: PlanError, *, as_json: bool) -> int:
-    """Say that it does not fit, and with --nvme what a disk would have to hold besides optimizer state."""
+    """Say that it does not fit, what is missing and what would help."""
     message = " ".join(str(error).split())
-    with_disk, share = _beyond_optimizer_state(asked)
     if as_json:
-        disk = {"disk": None if share is None else asdict(share)} if with_disk else {}
-        print(json.dumps({"fits": False, **asked.as_dict(), "error": message, **disk}, indent=2))
+        print(json.dumps({"fits": False, **asked.as_dict(), "error": message}, indent=2))
         return EXIT_DOES_NOT_FIT
     lines = [*asked.lines(), "It does not fit."]
     lines += [f"  {sentence}" for sentence in re.split(r"(?<=\.) (?=[A-Z])", message)]
-    if with_disk:
-        lines += _disk_lines(asked.hardware, share)
     print("\n".join(lines))
     return EXIT_DOES_NOT_FIT
-
-
-def _beyond_optimizer_state(asked: _Asked) -> tuple[bool, DiskShare | None]:
-    """Whether no disk is large enough for optimizer state alone to go there, and what would lie where if weights and
-    gradients could too (None if that would not help).
-    """
-    from .planner.disk import optimizer_state_is_enough, share_with_disk
-
-    if asked.training.nvme is None or asked.hardware.gpu is None:
-        return False, None
-    workload, wishes = asked.workload(), asked.training.wishes
-    if optimizer_state_is_enough(workload, asked.budgets, **wishes):
-        return False, None
-    return True, share_with_disk(workload, asked.budgets, **wishes)
-
-
-def _disk_lines(hardware: Hardware, share: DiskShare | None) -> list[str]:
-    if share is None:
-        return [
-            "With all state on disk it would not fit either: what has to be on the GPU and in RAM is too much."
-        ]
-    assert hardware.disk_bytes is not None, "given by --nvme"
-    enough = "which fits" if share.disk_bytes <= hardware.disk_bytes else "which does not fit"
-    units = share.resident + share.in_ram + share.on_disk
-    places = (
-        (
-            "on the GPU",
-            share.gpu_bytes,
-            hardware.gpu_bytes,
-            f"{share.resident} of {units} units with all their state",
-        ),
-        ("in RAM", share.ram_bytes, hardware.ram_bytes, f"the state of {share.in_ram} units"),
-        ("on disk", share.disk_bytes, hardware.disk_bytes, f"the state of {share.on_disk} units, {enough}"),
-    )
-    lines = ["With weights and gradients on disk too (not available yet) it would lie"]
-    lines += [
-        f"  {place:<12} {_gib(held):>14} of {_gib(there)}: {what}" for place, held, there, what in places
-    ]
-    if hardware.disk_read and hardware.disk_write:
-        read, write = share.seconds(hardware.disk_read, hardware.disk_write)
-        lines.append(
-            f"  a step would read and write all of that at least once: {read:,.0f} s reading at "
-            f"{_rate(hardware.disk_read, 'GB/s')} and {write:,.0f} s writing at {_rate(hardware.disk_write, 'GB/s')} "
-            f"({hardware.source})"
-        )
-    return lines
 
 
 # -- slideformer probe -------------------------------------------------------------------------------------------------
@@ -615,6 +576,124 @@ def _rate(value: float, unit: str) -> str:
     scaled = value / (1e12 if unit == "TFLOP/s" else 1e9)
     decimals = 0 if scaled >= 100 else 1 if scaled >= 10 else 2 if scaled >= 1 else 3
     return f"{scaled:,.{decimals}f} {unit}"
+
+
+# -- slideformer launch, slideformer config ----------------------------------------------------------------------------
+
+
+def _add_launch(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "launch",
+        add_help=False,  # Accelerate's own parser has the options
+        help="run a plain Accelerate script, streamed; takes the options of `accelerate launch`",
+    )
+    parser.set_defaults(run=_launch)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from .launch import launch
+
+    return launch(options.rest)
+
+
+def _add_config(subcommands: argparse._SubParsersAction) -> None:
+    parser = subcommands.add_parser(
+        "config",
+        help="write a configuration for `accelerate launch` with a section for slideformer",
+        description="Write a configuration for `accelerate launch` and `slideformer launch`. Without a flag that says "
+        "what to write, it asks.",
+    )
+    parser.add_argument(
+        "--config_file",
+        "--config-file",
+        metavar="FILE",
+        help="where to write; .json for JSON, else YAML (default: Accelerate's own default, which its launch finds)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
+    parser.add_argument("--defaults", action="store_true", help="write the defaults without asking")
+    parser.add_argument(
+        "--mixed_precision", "--mixed-precision", choices=("bf16", "no"), help="default: bf16"
+    )
+    parser.add_argument("--cpu", action="store_true", help="train on the CPU though there may be a GPU")
+    settings = parser.add_argument_group("settings, as in SlideConfig")
+    for field in fields(SlideConfig):
+        flag = field.name.replace("_", "-")
+        settings.add_argument(f"--{flag}", metavar="VALUE", help=f"default: {field.default}")
+    parser.set_defaults(run=_config)
+
+
+def _config(options: argparse.Namespace) -> int:
+    from .launch import write_configuration
+
+    settings = {
+        field.name: _setting(field.name, value)
+        for field in fields(SlideConfig)
+        if (value := getattr(options, field.name)) is not None
+    }
+    precision = options.mixed_precision
+    if not settings and precision is None and not options.cpu and not options.defaults:
+        precision, settings = _questions()
+    path = write_configuration(
+        options.config_file,
+        settings,
+        mixed_precision=precision or "bf16",
+        use_cpu=options.cpu,
+        replace=options.force,
+    )
+    print(f"Written to {path}. Run a script with:")
+    named = "" if options.config_file is None else f"--config_file {path} "
+    print(f"  accelerate launch {named}train.py")
+    return EXIT_OK
+
+
+def _setting(name: str, text: str) -> Any:
+    """A flag's text as the value that a configuration holds; what it means is for `SlideConfig` to say."""
+    if name in ("seq_len", "cpu_threads", "trace_steps"):
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"{name} must be a whole number, got {text!r}") from None
+    return text
+
+
+def _questions() -> tuple[str, dict[str, Any]]:
+    """The precision and the settings that somebody answers with; empty answers stand for the defaults."""
+    precision = _ask("Precision, bf16 or no (fp32)", "bf16", lambda text: _one_of(text, ("bf16", "no")))
+    settings: dict[str, Any] = {}
+    for name, question, default in (
+        ("gpu_memory", "GPU memory that may be used, such as 24GiB", "all"),
+        ("cpu_memory", "RAM that may be used, such as 100GiB", "all that is free"),
+        ("nvme_dir", "Directory on an NVMe drive for optimizer state that exceeds RAM", "none"),
+        (
+            "optimizer_states",
+            "AdamW's moments: fp32 (exact) or 8bit (half the memory, other numbers)",
+            "fp32",
+        ),
+    ):
+        answer = _ask(question, default, functools.partial(_checked, name))
+        if answer != default:
+            settings[name] = answer
+    return precision, settings
+
+
+def _ask(question: str, default: str, check: Callable[[str], str]) -> str:
+    while True:
+        answer = input(f"{question} [{default}]: ").strip()
+        try:
+            return check(answer) if answer and answer != default else default
+        except ConfigError as error:
+            print(error)
+
+
+def _one_of(text: str, choices: tuple[str, ...]) -> str:
+    if text not in choices:
+        raise ConfigError(f"{text!r} is not one of {', '.join(choices)}")
+    return text
+
+
+def _checked(name: str, text: str) -> str:
+    SlideConfig.of({name: text})
+    return text
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+
+# How a launcher hands the settings to the process that trains: a mapping of them, as JSON.
+CONFIG_VARIABLE = "SLIDEFORMER_CONFIG"
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -154,8 +158,17 @@ class SlideConfig:
         return tuple(os.path.expanduser(directory) for directory in directories)
 
     @classmethod
-    def of(cls, value: SlideConfig | Mapping[str, Any] | str | os.PathLike | None) -> SlideConfig:
+    def of(
+        cls,
+        value: SlideConfig | Mapping[str, Any] | str | os.PathLike | None,
+        *,
+        origin: str = "slide_config",
+    ) -> SlideConfig:
         """The configuration that `value` stands for: itself, a mapping, a YAML file, or None for the defaults.
+
+        Args:
+            value: the settings.
+            origin: what they are called in errors.
 
         Raises:
             ConfigError: unknown keys (with the nearest valid one) or a file that cannot be read.
@@ -165,12 +178,28 @@ class SlideConfig:
         if isinstance(value, cls):
             return value
         if isinstance(value, Mapping):
-            return cls._of_mapping(value, "slide_config")
+            return cls._of_mapping(value, origin)
         if isinstance(value, (str, os.PathLike)):
             return cls._of_file(Path(value))
         raise ConfigError(
-            f"slide_config must be a SlideConfig, dict, YAML path or None, got {type(value).__name__}"
+            f"{origin} must be a SlideConfig, dict, YAML path or None, got {type(value).__name__}"
         )
+
+    @classmethod
+    def of_launch(cls) -> SlideConfig:
+        """The settings that the launcher of this process handed on, or the defaults where it handed on none.
+
+        Raises:
+            ConfigError: they cannot be used.
+        """
+        text = os.environ.get(CONFIG_VARIABLE)
+        if text is None:
+            return cls()
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"the environment variable {CONFIG_VARIABLE} is not JSON: {error}") from error
+        return cls.of(content, origin=f"the environment variable {CONFIG_VARIABLE}")
 
     @classmethod
     def _of_mapping(cls, mapping: Mapping[str, Any], origin: str) -> SlideConfig:

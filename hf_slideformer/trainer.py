@@ -101,7 +101,7 @@ class SlideTrainerMixin(CheckpointMixin):
     label_smoother: Any
 
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
-        self._slide_config = SlideConfig.of(slide_config)
+        self._slide_config = SlideConfig.of_launch() if slide_config is None else SlideConfig.of(slide_config)
         self.slide = SlideStatus(self)
         super().__init__(*args, **kwargs)
         self._check_before_streaming()

@@ -10,6 +10,7 @@ from torch import nn
 from ..config import SlideConfig
 from ..errors import ConfigError, UnsupportedModelError
 from ..memory.layout import FP32_MOMENTS, MOMENT_FORMATS, MomentFormat, ParamSpec, UnitLayout, lay_out
+from ..memory.mappings import mapped_from_files
 from ..planner.profile import ModelProfile
 from ..planner.workload import Decisions, Workload
 from .loss import HeadChoice, find_head, output_embeddings
@@ -22,7 +23,7 @@ class Blueprint:
 
     `specs` is keyed by `id(parameter)`; `layouts`, of all units as if they streamed, belong to `units` one to one;
     `outside` are the parameters that no unit owns, `last_gradients` the names of those among them that come before the
-    units, so that backward reaches them last.
+    units, so that backward reaches them last; `mapped` the names of those whose weights are pages of a file.
     """
 
     units: list[UnitModule]
@@ -35,6 +36,7 @@ class Blueprint:
     micro_batches: int
     moments: MomentFormat
     on_gpu: bool
+    mapped: frozenset[str]
 
     @classmethod
     def of(
@@ -87,6 +89,7 @@ class Blueprint:
             micro_batches=micro_batches,
             moments=MOMENT_FORMATS[config.optimizer_states],
             on_gpu=on_gpu,
+            mapped=_mapped(model, specs),
         )
 
     def workload(self, profile: ModelProfile | None, *, training: bool) -> Workload:
@@ -101,6 +104,7 @@ class Blueprint:
             moments=self.moments,
             on_gpu=self.on_gpu,
             last_gradients=self.last_gradients,
+            mapped=self.mapped,
         )
 
     def streamed_layouts(self, decisions: Decisions) -> list[UnitLayout]:
@@ -126,6 +130,12 @@ class Blueprint:
             )
         notes.append(self.head.note)
         return notes
+
+
+def _mapped(model: nn.Module, specs: dict[int, ParamSpec]) -> frozenset[str]:
+    params = list(model.parameters())
+    found = mapped_from_files(param.data for param in params)
+    return frozenset(specs[id(param)].name for param, mapped in zip(params, found, strict=True) if mapped)
 
 
 def _before_units(model: nn.Module, specs: dict[int, ParamSpec], owned: set[int]) -> frozenset[str]:

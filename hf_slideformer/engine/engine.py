@@ -36,12 +36,13 @@ from ..errors import PlanError, StateError, UnsupportedModelError
 from ..hardware import default_update_threads
 from ..memory.allocator import return_freed_memory, use_expandable_segments
 from ..memory.disk import DiskStore
-from ..memory.disk_state import DiskState, Loan
-from ..memory.layout import DISK_ALIGN_BYTES, Segment, lay_out, lay_out_on_disk
+from ..memory.disk_state import DiskInputs, DiskPlace, DiskState, Loan
+from ..memory.layout import Segment, lay_out, lay_out_on_disk
 from ..memory.manager import UnitMemory
 from ..memory.offload import TensorOffload
 from ..memory.pinned import BufferView, HostBuffer
 from ..memory.pool import SlotPool
+from ..memory.staging import StagingBuffers
 from ..memory.transfer import Lane
 from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
@@ -61,7 +62,7 @@ from .adapters import watch_adapters
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .executor import Executor, Unit, UnitForward, check_unchanged
-from .gradients import Gradients, StagingBuffers, settle
+from .gradients import Gradients, settle
 from .loss import defer_logits
 from .outside import OutsideUpdates
 from .planning import find_budgets, plan_for
@@ -178,6 +179,7 @@ class SlideEngine:
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
         use_expandable_segments(device)
+        self._disk_inputs: DiskInputs | None = None
         self._disk = self._open_disk(blueprint, decisions)
         try:
             units = self._move(model, blueprint, decisions)
@@ -206,7 +208,12 @@ class SlideEngine:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
         watch_adapters(model, self.weights_in_hand)
         _install_hooks(model, self)
-        self._gradient_hooks: list[RemovableHandle] = []
+        # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
+        self._gradient_hooks: list[RemovableHandle] = [
+            state.param.register_hook(_ModelHook(self, SlideEngine._refuse_backward))
+            for state in self.states
+            if state.unit is None and state.param.requires_grad
+        ]
         self._finalizer = weakref.finalize(
             self, _close, self._lanes, self._worker, self._disk, self._gradient_hooks
         )
@@ -296,6 +303,7 @@ class SlideEngine:
                         planned_bytes=self._planned.input_bytes(index),
                         argument_names=tuple(inspect.signature(unit.module.forward).parameters),
                         version=sum(state.param._version for state in states),
+                        place_on_disk=self._place_of_input(index),
                     )
                 )
                 if mapped is not None:
@@ -362,7 +370,7 @@ class SlideEngine:
                 blueprint.layouts[unit],
                 blueprint.moments,
                 weights=unit in decisions.weights_on_disk,
-                grad_bytes=self._waiting_grad_bytes(blueprint, decisions, unit),
+                **self._waiting_on_disk(blueprint, decisions, unit),
             )
             for unit in decisions.on_disk
         }
@@ -374,31 +382,39 @@ class SlideEngine:
 
         mapped = frozenset(decisions.weights_on_disk)
         disk = DiskState(store, {unit: places.file_bytes for unit, places in layouts.items()}, mapped, failed)
-        largest = max(places.file_bytes for places in layouts.values())
+        largest = max(places.masters_and_gradients[1] for places in layouts.values())
         self._updates_desk = disk.open_desk("updates", decisions.disk_buffers, largest)
         if mapped:
-            nbytes = max(blueprint.layouts[unit].weight_bytes for unit in mapped)
+            nbytes = max(places.weight_bytes for places in layouts.values())
             count = decisions.slots
             self._weights_desk = disk.open_desk("fetches", count, nbytes, pin=self._pin(count * nbytes))
+        spans = {unit: places.input for unit, places in layouts.items() if places.input_bytes}
+        self._disk_inputs = DiskInputs(disk, spans, self._pin) if spans else None
         return disk
 
-    def _waiting_grad_bytes(self, blueprint: Blueprint, decisions: Decisions, unit: int) -> int:
-        """Bytes of a unit's gradients that are on disk until its update."""
-        if unit not in decisions.weights_on_disk or self.overlapped:
-            return 0
-        layout = blueprint.layouts[unit]
-        return 4 * layout.state_numel if self._accumulates else layout.grad_bytes
+    def _waiting_on_disk(self, blueprint: Blueprint, decisions: Decisions, unit: int) -> dict[str, int]:
+        """Bytes of gradients and of the input that are on disk while they wait, of a unit whose weights are there."""
+        if unit not in decisions.weights_on_disk:
+            return {}
+        layout, waiting = blueprint.layouts[unit], {}
+        if not self.overlapped:
+            waiting["grad_bytes"] = 4 * layout.state_numel if self._accumulates else layout.grad_bytes
+        if decisions.activations[unit] == "offload":
+            waiting["input_bytes"] = self._planned.input_bytes(unit) or 0
+        return waiting
 
     def _borrow_state(self, unit: int) -> Loan | None:
         """A unit's residuals and moments, if they live on disk."""
         if self._disk is None or unit not in self._disk:
             return None
-        return self._updates_desk.borrow(unit, (0, self._disk_layouts[unit].nbytes))
+        return self._updates_desk.borrow(unit, self._disk_layouts[unit].state)
+
+    def _place_of_input(self, unit: int) -> DiskPlace | None:
+        return self._disk_inputs.place(unit) if self._disk_inputs is not None else None
 
     def _weights_of(self, unit: Unit) -> Callable[[], Loan]:
-        places, desk = self._disk_layouts[unit.index], self._weights_desk
-        nbytes = -(-unit.layout.weight_bytes // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
-        return lambda: desk.borrow(unit.index, (places.weights_offset, nbytes), after=unit.pending_update)
+        weights, desk = self._disk_layouts[unit.index].weights, self._weights_desk
+        return lambda: desk.borrow(unit.index, weights, after=unit.pending_update)
 
     def _outside_updates(self) -> OutsideUpdates | None:
         states = [state for state in self.states if state.updated_in_ram]
@@ -484,8 +500,11 @@ class SlideEngine:
             if state.unit is None and state.spec.trainable and not state.moments:
                 state.moment_format = self._blueprint.moments
                 state.moments = zero_moments(self._blueprint.moments, state.spec, self.device)
-        if self.overlapped and self._optimizer is None:
-            self._update_residents_in_backward()
+        if self._optimizer is None:
+            while self._gradient_hooks:
+                self._gradient_hooks.pop().remove()
+            if self.overlapped:
+                self._update_residents_in_backward()
         self._optimizer = optimizer
         optimizer.bind(self)
         self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
@@ -543,6 +562,7 @@ class SlideEngine:
             staging=staging,
             overlapped_update=self._overlapped_update,
             take_scale=self._take_scale,
+            disk=self._disk,
             place=self._place_in_forward,
             on_finish=self.executor.tape.restart,
         )
@@ -574,11 +594,15 @@ class SlideEngine:
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
         if self.gradients is None:
-            raise StateError(
-                "backward on a model that was prepared without an optimizer; prepare both together "
-                "(model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
-            )
+            self._refuse_backward()
+        assert self.gradients is not None
         self.gradients.begin_unit(unit)
+
+    def _refuse_backward(self, *_: object) -> None:
+        raise StateError(
+            "backward on a model that was prepared without an optimizer; prepare both, together or one after the "
+            "other (model, optimizer = accelerator.prepare(model, optimizer)), or call trainer.train()"
+        )
 
     def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
         """See `GradientSink`."""
@@ -831,16 +855,18 @@ class SlideEngine:
 
         if self._disk is None or unit.index not in self._disk:
             return UnitUpdate(run)
-        places = self._disk_layouts[unit.index]
+        places, waited = self._disk_layouts[unit.index], unit.memory.grads_on_disk
         # Gradients that wait on disk come with the rest.
-        loan = self._updates_desk.borrow(unit.index, (0, places.file_bytes))
+        loan = self._updates_desk.borrow(
+            unit.index, places.masters_and_gradients if waited else places.masters
+        )
 
         def run_on_disk(buffer: HostBuffer | BufferView) -> None:
             try:
                 with self._attached(unit, loan):
-                    run(buffer if places.grads_offset < 0 else BufferView(loan.buffer, places.grads_offset))
+                    run(BufferView(loan.buffer, places.gradients[0]) if waited else buffer)
             finally:
-                loan.give_back(write=True, nbytes=places.with_weights)
+                loan.give_back(write=True, nbytes=places.masters[1])
 
         return UnitUpdate(run_on_disk, after=(loan.ready,), drop=loan.give_back)
 
@@ -1129,6 +1155,7 @@ class SlideEngine:
             memories.append(self._outside.memory)
         held = sum(buffer.nbytes for memory in memories for buffer in memory.buffers())
         held += self._disk.host_bytes if self._disk is not None else 0
+        held += self._disk_inputs.host_bytes if self._disk_inputs is not None else 0
         return held + self.executor.offload.host_bytes
 
     @property

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from ..errors import StateError, UnsupportedModelError
-from ..memory.disk_state import Loan
+from ..memory.disk_state import DiskPlace, Loan
 from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
 from ..memory.offload import OffloadedTensor, TensorOffload
@@ -81,7 +81,8 @@ class Unit:
     planned_bytes: int | None = None
     pending_update: Handle | None = None
     borrow_weights: Callable[[], Loan] | None = None
-    waiting: weakref.ref[OffloadedTensor] | None = None  # an input in the gradients' buffer
+    place_on_disk: DiskPlace | None = None
+    waiting: weakref.ref[OffloadedTensor] | None = None  # an input in its place
     forwards_since_step: int = 0
     version: int = 0
 
@@ -106,17 +107,17 @@ class Unit:
         """Whether any streamed parameter of the unit is trained."""
         return self.layout.state_numel > 0
 
-    def place_for(self, tensor: torch.Tensor) -> HostBuffer | None:
-        """Where an input can wait in RAM: the gradients' buffer, which is empty until the unit's backward.
+    def place_for(self, tensor: torch.Tensor) -> HostBuffer | DiskPlace | None:
+        """Where an input can wait: on disk, or in the gradients' buffer, which is empty until the unit's backward.
 
-        None if there is no such buffer in RAM, or it is in use: gradients are pending, or another run's input is there.
+        None if there is no such place, or it is in use: gradients are pending, or another run's input is there.
         """
+        if self.waiting is not None and self.waiting():
+            return None
+        if self.place_on_disk is not None:
+            return self.place_on_disk if self.place_on_disk.nbytes >= tensor.nbytes else None
         buffer = None if self.memory.grads_fp32 else self.memory.grads
-        if (
-            not isinstance(buffer, HostBuffer)
-            or buffer.nbytes < tensor.nbytes
-            or (self.waiting is not None and self.waiting())
-        ):
+        if not isinstance(buffer, HostBuffer) or buffer.nbytes < tensor.nbytes:
             return None
         return None if any(state.param.grad is not None for state in self.states) else buffer
 
@@ -270,7 +271,7 @@ class Executor:
         return outputs
 
     def _park(self, call: UnitCall) -> None:
-        """Move the hidden states that the unit will be recomputed from to RAM.
+        """Move the hidden states that the unit will be recomputed from to RAM or disk.
 
         They are the first input with a gradient, by convention; others (an encoder's output) are shared by all layers.
         """

@@ -1,31 +1,33 @@
 """Gradients on their way from a unit's backward to its update.
 
-Three paths, chosen per unit:
+Four paths, chosen per unit:
 
 * *own*: one micro-batch, deferred update. Copied in the weights' dtype into the unit's own host buffer.
 * *sum*: a gradient is already there (accumulation, a second backward, a layer used twice). Copied into a staging
   buffer and added to the unit's fp32 sum by the update worker.
+* *to disk*: as *own*, for a unit whose gradients wait on disk: by way of a staging buffer into the unit's file.
 * *overlapped*: copied into a staging buffer, from which the update starts as soon as it has landed.
 
-In the first two, `p.grad` is the host gradient, set when `backward` returns, so clipping by torch's own functions
+In all but the last, `p.grad` is the host gradient, set when `backward` returns, so clipping by torch's own functions
 and edits by hand work; `p.grad is None` is the truth about whether a gradient is pending, as in torch.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from slideformer_kernels import accumulate_, sum_of_squares
 
 from ..errors import StateError
+from ..memory.disk_state import DiskState
+from ..memory.layout import Span
 from ..memory.manager import grad_view
 from ..memory.offload import TensorOffload
 from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
+from ..memory.staging import StagingBuffers
 from ..memory.transfer import Handle, Lane, compute_event
 from ..metrics import Metrics
 from ..optim.state import ParamState, UnitUpdate
@@ -37,41 +39,6 @@ _MAX_IN_FLIGHT = 2
 
 # Sums run before updates: a buffer that the copy lane waits for is freed soonest.
 _SUM_PRIORITY = -1
-
-
-class StagingBuffers:
-    """At most `count` equal host buffers, mapped when first needed; `take` blocks until one is free.
-
-    Args:
-        nbytes: size of each.
-        count: how many at most.
-        pin: pin them.
-    """
-
-    def __init__(self, nbytes: int, count: int, *, pin: bool) -> None:
-        self._nbytes, self._pin = nbytes, pin
-        self._free: list[HostBuffer] = []
-        self._available = threading.Semaphore(count)
-        self.host_bytes = 0
-
-    def take(self) -> HostBuffer:
-        """A free buffer, which the caller owns until it leaves `returned`."""
-        self._available.acquire()
-        if self._free:
-            return self._free.pop()
-        buffer = HostBuffer(self._nbytes, pin=self._pin)
-        self.host_bytes += buffer.nbytes
-        return buffer
-
-    @contextlib.contextmanager
-    def returned(self, staged: list[HostBuffer]) -> Iterator[HostBuffer]:
-        """Use the one buffer in `staged`; it is free again afterwards, also when the work failed."""
-        buffer = staged.pop()
-        try:
-            yield buffer
-        finally:
-            self._free.append(buffer)
-            self._available.release()
 
 
 class Gradients:
@@ -91,6 +58,7 @@ class Gradients:
             their update, to be run by the worker.
         take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
             more is added to it.
+        disk: where units' files are; None if no state is on disk.
         place: a unit's place in the forward order.
         on_finish: called when a backward is complete.
     """
@@ -109,6 +77,7 @@ class Gradients:
         staging: StagingBuffers,
         overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
         take_scale: Callable[[ParamState], float],
+        disk: DiskState | None,
         place: Callable[[Unit], int],
         on_finish: Callable[[], None],
     ) -> None:
@@ -123,6 +92,7 @@ class Gradients:
         self._staging = staging
         self._overlapped_update = overlapped_update
         self._take_scale = take_scale
+        self._disk = disk
         self._place = place
         self._on_finish = on_finish
         self._task: int | None = None
@@ -163,14 +133,19 @@ class Gradients:
         states, tensors = [state for state, _ in present], [grad for _, grad in present]
         if not tensors:
             return
+        # What goes to disk is written over all of the unit's gradients, so that none of them may be there.
+        span = unit.memory.grads_span
+        written = states if span is None else trainable
         if self._overlapped:
             handle = self._push_overlapped(unit, states, tensors)
         elif (
             self._fp32_sums
             or unit.index in self._landing
-            or any(state.param.grad is not None for state in states)
+            or any(state.param.grad is not None for state in written)
         ):
             handle = self._push_sum(unit, states, tensors)
+        elif span is not None:
+            handle = self._push_to_disk(unit, states, tensors, span)
         else:
             handle = self._push_own(unit, states, tensors)
         self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in tensors))
@@ -189,6 +164,25 @@ class Gradients:
         waiting = unit.waiting() if unit.waiting is not None else None
         handle = self._copy(unit, targets, tensors, after=[self._offload.fetch(waiting)] if waiting else [])
         self._landing[unit.index] = (unit, states, [handle])
+        return handle
+
+    def _push_to_disk(
+        self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor], span: Span
+    ) -> Handle:
+        assert self._disk is not None
+        disk = self._disk
+        unit.memory.allocate_gradients(fp32=False)
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), None)
+        staged: list[HostBuffer] = []
+        handle = self._copy_staged(unit, staged, states, tensors)
+
+        def write() -> None:
+            with self._staging.returned(staged) as buffer:
+                disk.write(unit.index, buffer, span)
+
+        done = disk.writes.submit(f"gradients of {unit.name} to disk", write, after=(handle,))
+        self._landing[unit.index] = (unit, states, [handle, done])
         return handle
 
     def _push_sum(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:

@@ -14,6 +14,7 @@ from torch import nn
 from ..config import SlideConfig, parse_bytes
 from ..hardware import Hardware, available_gpu_bytes, available_ram_bytes
 from ..memory.disk import free_bytes
+from ..memory.mappings import mapped_from_files
 from ..planner.plan import Plan, check_budgets, describe
 from ..planner.profile import ModelProfile
 from ..planner.solve import solve
@@ -22,6 +23,10 @@ from ..probe import hardware_of_this_machine
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .profile import profile_model
+
+NOTHING_KNOWN_OF_BATCHES = (
+    "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +103,7 @@ def plan_for(
         placement = "stream"
     if placement == "auto" and shape is None and training and decisions is None:
         placement = "stream"
-        notes.append(
-            "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
-        )
+        notes.append(NOTHING_KNOWN_OF_BATCHES)
     profile_for = None
     if training and shape is not None and limited:
         profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len, liger=liger)
@@ -163,9 +166,10 @@ def find_budgets(
     ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
     if model is not None:
         own = {"cpu": 0, "cuda": 0}
-        for param in model.parameters():
-            own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
-        # Weights that are mapped from a file take no RAM that would come free.
+        params = list(model.parameters())
+        for param, mapped in zip(params, mapped_from_files(params), strict=True):
+            if not mapped:  # what is mapped from a file takes no RAM that would come free
+                own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
         ram += min(own["cpu"], _anonymous_bytes())
         gpu = gpu + own["cuda"] if device.type == "cuda" else ram
 

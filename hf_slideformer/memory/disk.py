@@ -26,10 +26,9 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, DiskError, StateError
 from ..metrics import Metrics
+from .layout import Span
 from .pinned import HostBuffer
 from .transfer import Handle
-
-Span = tuple[int, int]  # first byte, number of bytes
 
 _PAGE_BYTES = 4096
 _CHUNK_BYTES = 4 * 2**20

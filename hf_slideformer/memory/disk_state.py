@@ -11,15 +11,21 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import StateError
-from .disk import DiskFile, DiskStore, Span
+from .disk import DiskFile, DiskStore
+from .layout import DISK_ALIGN_BYTES, Span
 from .pinned import HostBuffer, MappedFile
+from .staging import StagingBuffers
 from .transfer import Handle, Lane
 
 _CPU = torch.device("cpu")
+
+# Host buffers for inputs that go to disk, and as many for those that come back.
+INPUT_BUFFERS = 2
 
 
 class Loan:
@@ -90,9 +96,8 @@ class DiskState:
             raise
         # The last write of each unit's file.
         self.written: dict[int, Handle] = {unit: Handle.done() for unit in self.files}
-        self.writes = Lane(
-            "state-to-disk", _CPU
-        )  # on the CPU a lane does its work itself, one piece after the other
+        # On the CPU a lane does its work itself, one piece after the other.
+        self.writes = Lane("state-to-disk", _CPU)
 
     @property
     def host_bytes(self) -> int:
@@ -106,6 +111,18 @@ class DiskState:
 
     def __contains__(self, unit: int) -> bool:
         return unit in self.files
+
+    def write(self, unit: int, buffer: HostBuffer, span: Span) -> None:
+        """Write the start of `buffer` over a span of a unit's file, and wait until that is done.
+
+        Raises:
+            TransferError: it failed; the cause is chained.
+        """
+        try:
+            self.store.write(self.files[unit], buffer, span=span).wait_host()
+        except BaseException as error:
+            self.on_failure(error)
+            raise
 
     def mapped(self, unit: int) -> MappedFile:
         """A unit's file as memory."""
@@ -122,6 +139,93 @@ class DiskState:
             desk.close()
         self.writes.close()
         self.store.close()
+
+
+class DiskPlace:
+    """Where on disk one tensor waits between forward and backward; made by `DiskInputs.place`."""
+
+    __slots__ = ("_inputs", "_unit", "nbytes")
+
+    def __init__(self, inputs: DiskInputs, unit: int, nbytes: int) -> None:
+        self._inputs, self._unit = inputs, unit
+        self.nbytes = nbytes
+
+    def store(self, lane: Lane, label: str, source: torch.Tensor, event: torch.cuda.Event | None) -> DiskCopy:
+        """Move `source` there.
+
+        Args:
+            lane: device-to-host lane.
+            label: for messages.
+            source: contiguous, at most `nbytes`, on the device.
+            event: fires when `source` has been computed.
+        """
+        return self._inputs.store(self._unit, lane, label, source, event)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskCopy:
+    """A tensor that is on its way to its place: `left` completes when the device's memory has been read, `written` when
+    the disk has it; `borrow` asks for it back.
+    """
+
+    left: Handle
+    written: Handle
+    borrow: Callable[[], Loan]
+
+
+class DiskInputs:
+    """Inputs of units that are in the units' files between forward and backward.
+
+    Args:
+        state: of the units.
+        spans: where in each unit's file.
+        pin: asked for a number of bytes, whether so many may be pinned.
+    """
+
+    def __init__(self, state: DiskState, spans: Mapping[int, Span], pin: Callable[[int], bool]) -> None:
+        self._state, self._spans = state, spans
+        nbytes = max(size for _, size in spans.values())
+        pinned = pin(2 * INPUT_BUFFERS * nbytes)
+        # Those that leave and those that come have buffers of their own, or one could wait for the other.
+        self._leaving = StagingBuffers(nbytes, INPUT_BUFFERS, pin=pinned)
+        self._coming = state.open_desk("inputs", INPUT_BUFFERS, nbytes, pin=pinned)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the buffers that are not a desk's."""
+        return self._leaving.host_bytes
+
+    def place(self, unit: int) -> DiskPlace | None:
+        """Where the unit's input waits; None if that is not on disk."""
+        return DiskPlace(self, unit, self._spans[unit][1]) if unit in self._spans else None
+
+    def store(
+        self,
+        unit: int,
+        lane: Lane,
+        label: str,
+        source: torch.Tensor,
+        event: torch.cuda.Event | None,
+    ) -> DiskCopy:
+        """See `DiskPlace.store`."""
+        staged: list[HostBuffer] = []
+
+        def leave() -> None:
+            staged.append(self._leaving.take())
+            try:
+                staged[0].tensor(source.dtype, 0, source.numel()).copy_(source.view(-1), non_blocking=True)
+            except BaseException:
+                with self._leaving.returned(staged):  # nobody else will
+                    raise
+
+        def write() -> None:
+            with self._leaving.returned(staged) as buffer:
+                self._state.write(unit, buffer, span)
+
+        span = self._spans[unit][0], -(-source.nbytes // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
+        left = lane.submit(label, leave, after_events=(event,))
+        written = self._state.writes.submit(f"{label} to disk", write, after=(left,))
+        return DiskCopy(left, written, lambda: self._coming.borrow(unit, span, after=written))
 
 
 class Desk:
@@ -196,17 +300,12 @@ class Desk:
             loan.ready.wait_host()
         except Exception:
             return  # it never got a buffer, and whoever waits for it has been told
-        buffer, state, file = loan.buffer, self._state, self._state.files[loan.unit]
-
-        def store() -> None:
-            try:
-                state.store.write(file, buffer, span=(0, nbytes or file.nbytes)).wait_host()
-            except BaseException as error:
-                state.on_failure(error)
-                raise
-
-        written = state.writes.submit(f"state of unit {loan.unit} to disk", store)
-        state.written[loan.unit] = written
+        buffer, state, unit = loan.buffer, self._state, loan.unit
+        span = 0, nbytes or state.files[unit].nbytes
+        written = state.writes.submit(
+            f"state of unit {unit} to disk", lambda: state.write(unit, buffer, span)
+        )
+        state.written[unit] = written
         self._free.put((buffer, written))
 
     def close(self) -> None:

@@ -180,58 +180,97 @@ def lay_out(specs: Sequence[ParamSpec]) -> UnitLayout:
     return UnitLayout(tuple(segments), weight_bytes, grad_bytes, state_numel, lo_numel)
 
 
+Span = tuple[int, int]  # first byte and number of bytes of a file, both multiples of 4096
+
+
 @dataclass(frozen=True, slots=True)
 class DiskLayout:
-    """The parts of one unit's moments and master residuals in its file on disk and in a host buffer like it.
+    """The parts of one unit's state in its file on disk, and in a host buffer that was read from its start.
 
+    Moments' parts in order, residuals, weights, gradients that wait for their update, an input that waits for backward.
     Every part starts at a multiple of 4096 bytes.
 
     Attributes:
         moment_offsets: bytes, in the order of the moments' parts.
         lo_offset: bytes; -1 where the unit has no residuals.
-        nbytes: of moments and residuals, a multiple of 4096; 0 where the unit has neither.
-        weights_offset: bytes; -1 where weights stay in RAM.
-        grads_offset: bytes; -1 where gradients do.
-        file_bytes: of everything.
+        nbytes: of moments and residuals; 0 where the unit has neither.
+        weight_bytes: 0 where weights stay in RAM.
+        grad_bytes: 0 where gradients do.
+        input_bytes: 0 where the input does.
     """
 
     moment_offsets: tuple[int, ...]
     lo_offset: int
     nbytes: int
-    weights_offset: int = -1
-    grads_offset: int = -1
-    file_bytes: int = 0
+    weight_bytes: int = 0
+    grad_bytes: int = 0
+    input_bytes: int = 0
 
     @property
-    def with_weights(self) -> int:
-        """Bytes up to the end of the weights: what an update writes."""
-        return self.grads_offset if self.grads_offset >= 0 else self.file_bytes
+    def state(self) -> Span:
+        """Moments and residuals."""
+        return 0, self.nbytes
+
+    @property
+    def weights(self) -> Span:
+        """Weights."""
+        return self.nbytes, self.weight_bytes
+
+    @property
+    def gradients(self) -> Span:
+        """Gradients."""
+        return self.nbytes + self.weight_bytes, self.grad_bytes
+
+    @property
+    def input(self) -> Span:
+        """The input, which ends the file."""
+        return self.nbytes + self.weight_bytes + self.grad_bytes, self.input_bytes
+
+    @property
+    def masters(self) -> Span:
+        """What an update changes: state and weights."""
+        return 0, self.nbytes + self.weight_bytes
+
+    @property
+    def masters_and_gradients(self) -> Span:
+        """What an update needs where gradients wait."""
+        return 0, self.nbytes + self.weight_bytes + self.grad_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of everything."""
+        return sum(self.input)
 
 
 def lay_out_on_disk(
-    layout: UnitLayout, moments: MomentFormat, *, weights: bool = False, grad_bytes: int = 0
+    layout: UnitLayout,
+    moments: MomentFormat,
+    *,
+    weights: bool = False,
+    grad_bytes: int = 0,
+    input_bytes: int = 0,
 ) -> DiskLayout:
-    """The layout of a unit's state on disk: the moments' parts in order, then residuals, weights and gradients.
+    """The layout of a unit's state on disk.
 
     Args:
         layout: of the unit.
         moments: how they are stored.
         weights: whether weights are there too.
         grad_bytes: of gradients that wait there for their update.
+        input_bytes: of the input that waits there for backward.
     """
     offsets = []
     nbytes = 0
-
-    def place(size: int) -> int:
-        nonlocal nbytes
-        offset, nbytes = nbytes, nbytes + _aligned(size, DISK_ALIGN_BYTES)
-        return offset if size else -1
-
     for part in moments.parts:
         offsets.append(nbytes)
-        place(part.entries(layout.state_numel) * part.dtype.itemsize)
-    lo_offset = place(layout.lo_numel * torch.int16.itemsize)
-    state_bytes = nbytes
-    weights_offset = place(layout.weight_bytes if weights else 0)
-    grads_offset = place(grad_bytes)
-    return DiskLayout(tuple(offsets), lo_offset, state_bytes, weights_offset, grads_offset, nbytes)
+        nbytes += _aligned(part.entries(layout.state_numel) * part.dtype.itemsize, DISK_ALIGN_BYTES)
+    lo_offset = nbytes if layout.lo_numel else -1
+    nbytes += _aligned(layout.lo_numel * torch.int16.itemsize, DISK_ALIGN_BYTES)
+    return DiskLayout(
+        tuple(offsets),
+        lo_offset,
+        nbytes,
+        _aligned(layout.weight_bytes if weights else 0, DISK_ALIGN_BYTES),
+        _aligned(grad_bytes, DISK_ALIGN_BYTES),
+        _aligned(input_bytes, DISK_ALIGN_BYTES),
+    )

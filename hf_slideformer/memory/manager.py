@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .layout import DiskLayout, MomentFormat, MomentPart, Segment, UnitLayout
+from .layout import DiskLayout, MomentFormat, MomentPart, Segment, Span, UnitLayout
 from .pinned import BufferView, HostBuffer, MappedFile
 
 
@@ -36,7 +36,7 @@ class UnitMemory:
         self.weights: HostBuffer | BufferView = (
             HostBuffer(layout.weight_bytes, pin=pin)
             if mapped is None
-            else BufferView(mapped[0], mapped[1].weights_offset)
+            else BufferView(mapped[0], mapped[1].weights[0])
         )
         # Where an update reads and writes weights.
         self.master_weights: HostBuffer | BufferView = self.weights
@@ -58,8 +58,8 @@ class UnitMemory:
 
     def attach(self, buffer: HostBuffer, places: DiskLayout, moments: MomentFormat) -> None:
         """Use residuals and moments in a buffer that was read from disk, until `detach`."""
-        if places.weights_offset >= 0:
-            self.master_weights = BufferView(buffer, places.weights_offset)
+        if places.weight_bytes:
+            self.master_weights = BufferView(buffer, places.weights[0])
         if places.lo_offset >= 0:
             self.lo = BufferView(buffer, places.lo_offset)
         if self.layout.state_numel:
@@ -84,11 +84,21 @@ class UnitMemory:
         """
         if self.layout.state_numel and (self.grads is None or fp32 != self.grads_fp32):
             nbytes = self.layout.state_numel * 4 if fp32 else self.layout.grad_bytes
-            if self._mapped is not None:
-                self.grads, self.grads_fp32 = BufferView(self._mapped[0], self._mapped[1].grads_offset), fp32
-                return
-            self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
             self.grads_fp32 = fp32
+            if self._mapped is not None and self._mapped[1].grad_bytes >= nbytes:
+                self.grads = BufferView(self._mapped[0], self._mapped[1].gradients[0])
+            else:  # a sum that nobody expected is in RAM, whatever the file has room for
+                self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
+
+    @property
+    def grads_span(self) -> Span | None:
+        """Where in the file gradients wait; None if they wait in RAM, or not at all."""
+        return self._mapped[1].gradients if self._mapped is not None and self._mapped[1].grad_bytes else None
+
+    @property
+    def grads_on_disk(self) -> bool:
+        """Whether the gradient buffer that is there now is a part of the file."""
+        return isinstance(self.grads, BufferView)
 
     def weight(self, segment: Segment) -> torch.Tensor:
         """The parameter's weights in its own shape and storage."""

@@ -1,4 +1,4 @@
-"""Offload: device tensors whose data is in pinned RAM between forward and backward."""
+"""Offload: device tensors whose data is in pinned RAM or on disk between forward and backward."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from ..errors import StateError
 from ..metrics import Metrics
+from .disk_state import DiskCopy, DiskPlace
 from .pinned import HostBuffer
 from .transfer import Handle, Lane, compute_event
 
@@ -19,24 +20,26 @@ _MAX_IN_FLIGHT = 2
 
 
 class OffloadedTensor:
-    """One tensor's data in RAM; made by `TensorOffload.store`, used up by `TensorOffload.take`."""
+    """One tensor's data in RAM or on disk; made by `TensorOffload.store`, used up by `TensorOffload.take`."""
 
-    __slots__ = ("__weakref__", "buffer", "dtype", "name", "release", "shape", "stored")
+    __slots__ = ("__weakref__", "buffer", "dtype", "name", "on_disk", "release", "shape", "stored")
 
-    def __init__(self, name: str, tensor: torch.Tensor, buffer: HostBuffer) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor, buffer: HostBuffer | None) -> None:
         self.name = name
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.buffer = buffer
+        self.buffer = buffer  # None of one on disk
+        self.on_disk: DiskCopy | None = None
         self.stored: Handle
         self.release: weakref.finalize | None = None
 
-    def host(self) -> torch.Tensor:
-        """The data in RAM, in the tensor's shape."""
-        return self.buffer.tensor(self.dtype, 0, self.shape.numel()).view(self.shape)
+    def data_in(self, buffer: HostBuffer | None) -> torch.Tensor:
+        """The data in the buffer that holds it, in the tensor's shape."""
+        assert buffer is not None, "what is on disk is read first"
+        return buffer.tensor(self.dtype, 0, self.shape.numel()).view(self.shape)
 
 
 class TensorOffload:
-    """Moves tensors to RAM and back, both beside the compute stream.
+    """Moves tensors to RAM or disk and back, both beside the compute stream.
 
     Hazards: a tensor's memory must not be reused before the copy from it is done, so references are held until the
     compute stream has been told to wait for it; memory for the way back is ordered by an event of the stream that
@@ -73,35 +76,44 @@ class TensorOffload:
         self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle]] = {}
         self.host_bytes = 0
 
-    def store(self, name: str, tensor: torch.Tensor, into: HostBuffer | None = None) -> OffloadedTensor:
-        """Start moving `tensor` (contiguous) to RAM; its memory is free again once all references are gone.
+    def store(
+        self, name: str, tensor: torch.Tensor, into: HostBuffer | DiskPlace | None = None
+    ) -> OffloadedTensor:
+        """Start moving `tensor` (contiguous) away; its memory is free again once all references are gone.
 
         Args:
             name: for messages.
             tensor: on the device.
-            into: memory that nobody reads or writes until the tensor is back; None takes a buffer of its own.
+            into: memory, or a place on disk, that nobody else reads or writes until the tensor is back; None takes a
+                buffer of its own.
         """
         source = tensor.detach()
-        buffer, read = (into, Handle.done()) if into is not None else self._take_buffer(source.nbytes)
-        parked = OffloadedTensor(name, source, buffer)
-        host = parked.host()
-        stored = parked.stored = self._to_host.submit(
-            f"activations of {name}",
-            lambda: host.copy_(source, non_blocking=True),
-            after=(read,),
-            after_events=(compute_event(self._device),),
-        )
-        # A forward that is never followed by its backward must give its buffers back too.
-        if into is None:
-            parked.release = weakref.finalize(parked, self._give_back, buffer, stored)
+        label, event = f"activations of {name}", compute_event(self._device)
+        if isinstance(into, DiskPlace):
+            parked = OffloadedTensor(name, source, None)
+            parked.on_disk = into.store(self._to_host, label, source, event)
+            parked.stored = parked.on_disk.left
+        else:
+            buffer, read = (into, Handle.done()) if into is not None else self._take_buffer(source.nbytes)
+            parked = OffloadedTensor(name, source, buffer)
+            host = parked.data_in(buffer)
+            parked.stored = self._to_host.submit(
+                label,
+                lambda: host.copy_(source, non_blocking=True),
+                after=(read,),
+                after_events=(event,),
+            )
+            # A forward that is never followed by its backward must give its buffers back too.
+            if into is None:
+                parked.release = weakref.finalize(parked, self._give_back, buffer, parked.stored)
         self._metrics.add("d2h_bytes", source.nbytes)
-        self._leaving.append((stored, source, source._version, name))
+        self._leaving.append((parked.stored, source, source._version, name))
         while len(self._leaving) > _MAX_IN_FLIGHT:
             self._land()
         return parked
 
     def fetch(self, parked: OffloadedTensor) -> Handle:
-        """Start bringing a tensor back (once); afterwards its place in RAM is free."""
+        """Start bringing a tensor back (once); afterwards its place is free."""
         key = weakref.ref(parked)
         if key in self._coming:
             return self._coming[key][1]
@@ -109,23 +121,27 @@ class TensorOffload:
             if other() is None and handle.is_complete:  # of a backward that never came to it
                 del self._coming[other]
         target = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
-        host = parked.host()
+        loan = parked.on_disk.borrow() if parked.on_disk is not None else None
         handle = self._to_device.submit(
             f"activations of {parked.name}",
-            lambda: target.copy_(host, non_blocking=True),
-            after=(parked.stored,),
+            lambda: target.copy_(
+                parked.data_in(loan.buffer if loan is not None else parked.buffer), non_blocking=True
+            ),
+            after=(parked.stored if loan is None else loan.ready,),
             after_events=(compute_event(self._device),),  # what used the target's memory before
         )
+        if loan is not None:
+            loan.give_back(after=handle)
         self._coming[key] = (target, handle)
         self._metrics.add("h2d_bytes", target.nbytes)
         return handle
 
     def take(self, parked: OffloadedTensor) -> torch.Tensor:
-        """The tensor on the device again; the current stream waits for it, and its place in RAM is free."""
+        """The tensor on the device again; the current stream waits for it, and its place is free."""
         self.fetch(parked)
         target, handle = self._coming.pop(weakref.ref(parked))
         handle.wait_stream()
-        if parked.release is not None and parked.release.detach() is not None:
+        if parked.release is not None and parked.release.detach() is not None and parked.buffer is not None:
             self._give_back(parked.buffer, handle)
         return target
 

@@ -135,6 +135,11 @@ class SlideAdamW(torch.optim.Optimizer):
         """Connect to the engine that owns the parameters' state."""
         self._backend = backend
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether an engine owns the parameters' state."""
+        return self._backend is not None
+
     def _bound(self) -> OptimizerBackend:
         if self._backend is None:
             raise StateError(

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..memory.disk_state import INPUT_BUFFERS
 from ..memory.layout import DiskLayout, MomentFormat, ParamSpec, UnitLayout, lay_out, lay_out_on_disk
 from .workload import Budgets, Decisions, Workload
 
@@ -99,7 +100,6 @@ class MemoryModel:
     Attributes:
         ram_state: bytes of each unit's residuals and moments in RAM, if they are there.
         disk_state: the same on disk.
-        disk_whole: with weights, and gradients that wait.
     """
 
     def __init__(self, workload: Workload) -> None:
@@ -133,7 +133,7 @@ class MemoryModel:
             residuals + state for residuals, state in zip(self._ram_residuals, self._ram_moments, strict=True)
         ]
         self.disk_state = [lay_out_on_disk(layout, moments).nbytes for layout in layouts]
-        self.disk_whole = [disk_layout(workload, layout).file_bytes for layout in layouts]
+        self._whole = [disk_layout(workload, layout) for layout in layouts]
         trainable = [spec for spec in workload.outside if spec.trainable]
         late = [spec for spec in trainable if spec.name in workload.last_gradients]
         early = [spec for spec in trainable if spec.name not in workload.last_gradients]
@@ -142,8 +142,12 @@ class MemoryModel:
             self._largest(specs) if workload.fp32_sums else 0 for specs in (early, late)
         )
         self._outside_layout = lay_out(trainable)
-        self._source = [_source_bytes(specs) for specs in self._specs]
-        self._source_outside = _source_bytes(workload.outside)
+        # Weights as they came; those that are mapped from files take no RAM.
+        anonymous = [[spec for spec in specs if spec.name not in workload.mapped] for specs in self._specs]
+        self._source = [_source_bytes(specs) for specs in anonymous]
+        self._source_outside = _source_bytes(
+            [spec for spec in workload.outside if spec.name not in workload.mapped]
+        )
         # A checkpoint is written from where the state lives, and read to there; but for what is joined or read anew.
         every = [spec for specs in (workload.outside, *self._specs) for spec in specs]
         self._saving = CHECKPOINT_PIECE_BYTES + max(map(_joined_bytes, every), default=0)
@@ -355,11 +359,13 @@ class MemoryModel:
             if not workload.overlapped and not workload.fp32_sums:
                 places |= {unit: self._ram_gradients[unit] for unit in holding if self._grad_bytes[unit]}
             inputs = sum(
-                max(0, _pages(profile.boundary_bytes) - places.get(unit, 0))
-                for unit, profile in enumerate(workload.profile.units)
-                if decisions.activations[unit] == "offload"
+                max(0, _pages(self._boundary[unit]) - places.get(unit, 0))
+                for unit, policy in enumerate(decisions.activations)
+                if policy == "offload" and unit not in whole
             )
-            items.append(Item("RAM", "inputs of units", inputs, on_gpu))
+            # Those that wait on disk pass through buffers both ways.
+            passing = 2 * INPUT_BUFFERS * max(self._inputs_on_disk(decisions).values(), default=0)
+            items.append(Item("RAM", "inputs of units", inputs + passing, on_gpu))
         if decisions.outside_state == "RAM":
             layout = self._outside_layout
             gradients = 4 * layout.state_numel if workload.fp32_sums else layout.grad_bytes
@@ -376,7 +382,21 @@ class MemoryModel:
         return sum(item.nbytes for item in self.ram_items(decisions))
 
     def _disk_buffers(self, decisions: Decisions) -> int:
-        return decisions.disk_buffers * max(self._file_bytes(decisions), default=0)
+        """Bytes of the buffers that updates borrow: each for state, weights and gradients of one unit."""
+        whole = set(decisions.weights_on_disk)
+        sizes = (
+            self._whole[unit].masters_and_gradients[1] if unit in whole else self.disk_state[unit]
+            for unit in decisions.on_disk
+        )
+        return decisions.disk_buffers * max(sizes, default=0)
+
+    def _inputs_on_disk(self, decisions: Decisions) -> dict[int, int]:
+        """Bytes of each unit's input that waits on disk, by unit: where its weights are too."""
+        return {
+            unit: _pages(self._boundary[unit])
+            for unit in decisions.weights_on_disk
+            if self.workload.training and decisions.activations[unit] == "offload"
+        }
 
     def _weight_buffers(self, decisions: Decisions) -> int:
         """Bytes of the buffers through which weights on disk go to their slots, as many as slots."""
@@ -384,23 +404,22 @@ class MemoryModel:
             (self._ram_weights[unit] for unit in decisions.weights_on_disk), default=0
         )
 
-    def _file_bytes(self, decisions: Decisions) -> list[int]:
-        whole = set(decisions.weights_on_disk)
-        return [(self.disk_whole if unit in whole else self.disk_state)[unit] for unit in decisions.on_disk]
-
     # -- disk ------------------------------------------------------------------------------------------------
 
     def disk_bytes(self, decisions: Decisions) -> int:
         """Bytes on disk, from loading on."""
-        return sum(self._file_bytes(decisions))
+        return sum(item.nbytes for item in self.disk_items(decisions))
 
     def disk_items(self, decisions: Decisions) -> list[Item]:
         """What lies on disk."""
-        state = sum(self.disk_state[unit] for unit in decisions.on_disk)
-        return [
-            Item("disk", "residuals and moments", state),
-            Item("disk", "weights and gradients", self.disk_bytes(decisions) - state),
+        whole = [self._whole[unit] for unit in decisions.weights_on_disk]
+        items = [
+            Item("disk", "residuals and moments", sum(self.disk_state[unit] for unit in decisions.on_disk)),
+            Item("disk", "weights", sum(places.weight_bytes for places in whole)),
+            Item("disk", "gradients", sum(places.grad_bytes for places in whole)),
+            Item("disk", "inputs of units", sum(self._inputs_on_disk(decisions).values())),
         ]
+        return [item for item in items if item.nbytes]
 
     # -- phases ----------------------------------------------------------------------------------------------
 
@@ -485,9 +504,9 @@ def _moment_pages(layout: UnitLayout, moments: MomentFormat) -> int:
     return sum(_pages(part.entries(layout.state_numel) * part.dtype.itemsize) for part in moments.parts)
 
 
-def disk_layout(workload: Workload, layout: UnitLayout, *, weights: bool = True) -> DiskLayout:
-    """A unit's file on disk: optimizer state, and weights and the gradients that wait if they are there too."""
+def disk_layout(workload: Workload, layout: UnitLayout) -> DiskLayout:
+    """The file of a unit whose weights, and gradients that wait, are on disk too; without its input."""
     waiting = 0
-    if weights and workload.training and not workload.overlapped:
+    if workload.training and not workload.overlapped:
         waiting = 4 * layout.state_numel if workload.fp32_sums else layout.grad_bytes
-    return lay_out_on_disk(layout, workload.moments, weights=weights, grad_bytes=waiting)
+    return lay_out_on_disk(layout, workload.moments, weights=True, grad_bytes=waiting)

@@ -128,17 +128,22 @@ class Plan:
     def _on_disk(self) -> str:
         count = len(self.decisions.on_disk)
         whole = len(self.decisions.weights_on_disk)
-        weights = f", weights and gradients of {_units(whole)} too" if whole else ""
+        what = "weights and gradients" if self.update == "deferred" else "weights"
+        weights = f", {what} of {_units(whole)} too" if whole else ""
         return f"optimizer state of {_units(count)} on disk{weights}; " if count else ""
 
     def _activations(self) -> str:
         if self.batch_size is None:
             return ""
         kept, offloaded = self.decisions.kept, self.decisions.offloaded
+        on_disk = sum(
+            self.decisions.activations[unit] == "offload" for unit in self.decisions.weights_on_disk
+        )
         again = len(self.decisions.activations) - kept
         parts = [f"kept in {_units(kept)}"] if kept else []
         parts += [f"recomputed in {_units(again)}"] if again else []
-        parts += [f"inputs of {_units(offloaded)} in RAM"] if offloaded else []
+        parts += [f"inputs of {_units(offloaded - on_disk)} in RAM"] if offloaded > on_disk else []
+        parts += [f"inputs of {_units(on_disk)} on disk"] if on_disk else []
         return f"activations {', '.join(parts)}; " if parts else ""
 
 

@@ -6,7 +6,8 @@ where the optimizer state outside of units lives. All numbers of residents are t
 that fit, since keeping only ever shortens a step. What remains is simulated in the order of a lower bound on its time,
 until that bound exceeds the best time found.
 
-Where RAM is too small for all of that, optimizer state goes to disk, of as few units as are needed.
+Where RAM is too small for all of that, optimizer state goes to disk, of as few units as are needed; where that of all
+is not enough, weights, gradients and inputs follow.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ _FEWEST_SLOTS = (MIN_SLOTS,)
 # Buffers for state on disk: one arrives, one is in use, one leaves; two where RAM is too small for three.
 DISK_BUFFERS = 3
 FEWEST_DISK_BUFFERS = 2
+# What is tried in turn: the number of those buffers (0 is no disk), and whether weights may be on disk.
+_DISK_MEASURES = (
+    (0, False),
+    (DISK_BUFFERS, False),
+    (FEWEST_DISK_BUFFERS, False),
+    (DISK_BUFFERS, True),
+    (FEWEST_DISK_BUFFERS, True),
+)
 
 # Advice that changes less than this part of the speed is not worth a line.
 _WORTH_SAYING = 1.1
@@ -137,7 +146,7 @@ class _Search:
         `placement="stream"` offloading.
         """
         steps = [(rest,) for rest in self.rests] if self.stream else [self.rests]
-        for disk_buffers in (0, DISK_BUFFERS, FEWEST_DISK_BUFFERS) if _may_use_disk(self.question) else (0,):
+        for disk_buffers, weights in _DISK_MEASURES if _may_use_disk(self.question) else _DISK_MEASURES[:1]:
             for outside_state in ("GPU", "RAM"):
                 for rests in steps:
                     for slots in (_SLOTS[:1] if self.stream else _SLOTS, _FEWEST_SLOTS):
@@ -146,7 +155,7 @@ class _Search:
                             for rest in rests
                             for count in slots
                             for decisions in self._of_each_resident(rest, count, outside_state)
-                            if (candidate := self._candidate(decisions, disk_buffers)) is not None
+                            if (candidate := self._candidate(decisions, disk_buffers, weights)) is not None
                         ]
                         if found:
                             yield from found
@@ -183,19 +192,23 @@ class _Search:
             placed.append(decide(kept))
         return placed
 
-    def _candidate(self, decisions: Decisions, disk_buffers: int) -> _Candidate | None:
-        """The decisions, with state on disk if there may be buffers for it, or None if they do not fit."""
+    def _candidate(self, decisions: Decisions, disk_buffers: int, weights: bool) -> _Candidate | None:
+        """The decisions, with state on disk if there may be buffers for it and then also weights if they may be there,
+        or None if they do not fit.
+        """
         needs = self.needs(decisions)
         if disk_buffers:
-            decisions = self.with_disk(decisions, disk_buffers)
+            decisions = self.with_disk(decisions, disk_buffers, weights=weights)
             needs = needs[0], self.memory.ram_train(decisions), self.memory.disk_bytes(decisions)
         if any(self.missing(decisions, needs).values()):
             return None
         return _Candidate(decisions, sum(needs), self._pageable(decisions))
 
-    def with_disk(self, decisions: Decisions, buffers: int) -> Decisions:
-        """The same decisions with the state of the fewest units on disk with which RAM suffices; of all streamed units
-        if it never does.
+    def with_disk(self, decisions: Decisions, buffers: int, *, weights: bool) -> Decisions:
+        """The same decisions with the optimizer state of the fewest units on disk with which RAM suffices.
+
+        Where that of all units is not enough, it is all there, and with `weights` so are weights, gradients and inputs
+        of the fewest units. State goes first: for each byte that leaves RAM it moves two in a step, weights three.
 
         They are spread evenly over forward, so that the disk works while other units are updated and computed.
         """
@@ -208,14 +221,19 @@ class _Search:
         gpu, ram, _ = self.needs(decisions)
         short = missing_bytes(self.question.workload, self.question.budgets, gpu, ram)["RAM"]
         fewest = max(1, min(len(units), -(-short // max(in_ram[unit] for unit in units))))
-        for count in range(fewest, len(units) + 1):
-            chosen = _evenly(units, count)
-            held = min(buffers, count)
-            decisions = replace(decisions, on_disk=chosen, disk_buffers=held)
+
+        def moved(count: int) -> Decisions:
+            return replace(decisions, on_disk=_evenly(units, count), disk_buffers=min(buffers, count))
+
+        everything = moved(len(units))
+        if not self._fits_ram(everything):
+            return self._with_weights_on_disk(everything, units) if weights else everything
+        for count in range(fewest, len(units)):
+            chosen, held = _evenly(units, count), min(buffers, count)
             relief = sum(in_ram[unit] for unit in chosen) - held * max(on_disk[unit] for unit in chosen)
-            if relief >= short and self._fits_ram(decisions):
-                return decisions
-        return self._with_weights_on_disk(decisions, units)
+            if relief >= short and self._fits_ram(moved(count)):
+                return moved(count)
+        return everything
 
     def _with_weights_on_disk(self, decisions: Decisions, units: Sequence[int]) -> Decisions:
         """The same decisions with weights and gradients of the fewest units on disk with which RAM suffices; of all
@@ -223,7 +241,7 @@ class _Search:
         """
 
         def moved(count: int) -> Decisions:
-            return replace(decisions, weights_on_disk=_evenly(units, count))
+            return decisions.with_weights_on_disk(self.question.workload, _evenly(units, count))
 
         low, high = 1, len(units)
         while low < high:
@@ -304,7 +322,7 @@ class _Search:
             for decisions in frugal:
                 yield decisions
                 if uses_disk and self._fits_gpu(decisions) and not self._fits_ram(decisions):
-                    yield self.with_disk(decisions, FEWEST_DISK_BUFFERS)
+                    yield self.with_disk(decisions, FEWEST_DISK_BUFFERS, weights=True)
 
         def shortfall(decisions: Decisions) -> tuple[int, int, int, int]:
             needs = self.needs(decisions)
@@ -414,7 +432,8 @@ def _refusal(question: _Question) -> PlanError:
     budget = question.budgets.ram
     return PlanError(
         f"Loading the model needs {format_bytes(needed)} of RAM; {format_bytes(budget)} may be used. "
-        "Raise cpu_memory or free some, load the weights in bf16, or use a smaller model."
+        "Raise cpu_memory or free some, load safetensors in the dtype that they are saved in (they are mapped, and "
+        "take no RAM), or use a smaller model."
     )
 
 

@@ -131,7 +131,9 @@ class Durations:
     whole_read: list[float]  # with weights, and gradients that wait
     whole_write: list[float]  # with weights
     fetch_read: list[float]  # of weights
-    gradients_write: list[float]
+    gradients_wait: list[float]  # to the disk, and from there what they are added to
+    input_read: list[float]
+    input_write: list[float]
     launch: float = 1.0
 
     @classmethod
@@ -207,10 +209,15 @@ class Durations:
             outside_update=outside_numel / cpu,
             disk_read=[place.nbytes / read for place in places],
             disk_write=[place.nbytes / write for place in places],
-            whole_read=[place.file_bytes / read for place in places],
-            whole_write=[place.with_weights / write for place in places],
-            fetch_read=[layout.weight_bytes / read for layout in layouts],
-            gradients_write=[(place.file_bytes - place.with_weights) / write for place in places],
+            whole_read=[place.masters_and_gradients[1] / read for place in places],
+            whole_write=[place.masters[1] / write for place in places],
+            fetch_read=[place.weight_bytes / read for place in places],
+            gradients_wait=[
+                place.grad_bytes / write + (place.grad_bytes / read if workload.fp32_sums else 0.0)
+                for place in places
+            ],
+            input_read=[unit.boundary_bytes / read for unit in profile.units],
+            input_write=[unit.boundary_bytes / write for unit in profile.units],
             launch=1.0 / launch_speed,
         )
 
@@ -282,7 +289,8 @@ class _Load:
             DISK: sum(
                 times.whole_read[k]
                 + times.whole_write[k]
-                + m * ((1 + (k in refetched)) * times.fetch_read[k] + times.gradients_write[k])
+                + m * ((1 + (k in refetched)) * times.fetch_read[k] + times.gradients_wait[k])
+                + (m * (times.input_read[k] + times.input_write[k]) if activations[k] == "offload" else 0.0)
                 if k in whole
                 else times.disk_read[k] + times.disk_write[k]
                 for k in decisions.on_disk
@@ -487,8 +495,9 @@ class _Step:
         self.last_use = [0] * decisions.slots
         self.uses = 0
         self.outside_ready = 0.0
+        self.gradients_written = 0.0
         self.link = load.forward_link
-        # When each offloaded input is in RAM.
+        # When each offloaded input is where it waits.
         self.stored = [0.0] * len(load.forward)
         self.waits = {UPDATE: 0.0, LINK: 0.0, LAUNCH: 0.0, DISK: 0.0}
 
@@ -502,6 +511,11 @@ class _Step:
                 if free:
                     self._fetch(min(free, key=self._age), unit)
 
+    def _use_disk(self, ready: float, seconds: float) -> float:
+        """When the disk has done what it may begin at `ready`."""
+        self.worker.disk = max(self.worker.disk, ready) + seconds
+        return self.worker.disk
+
     def _age(self, slot: int) -> tuple[bool, int]:
         return self.holds[slot] is not None, self.last_use[slot]
 
@@ -514,11 +528,9 @@ class _Step:
         self.issued = max(self.issued, self.host, updated)
         start = max(self.h2d, self.issued, self.released[slot])
         if unit in self.whole:
-            worker = self.worker
-            worker.disk = max(worker.disk, self.issued) + self.times.fetch_read[unit]
-            if worker.disk > start:
-                start = updated = worker.disk
-                by = DISK
+            read = self._use_disk(self.issued, self.times.fetch_read[unit])
+            if read > start:
+                start, updated, by = read, read, DISK
         self.h2d = start + self.times.weights[unit] * self.link
         self.uses += 1
         self.holds[slot], self.last_use[slot] = unit, self.uses
@@ -573,6 +585,8 @@ class _Step:
             if self.offloads[unit]:
                 self.d2h = max(self.d2h, self.compute) + self.times.inputs[unit] * self.link
                 self.stored[unit] = self.d2h
+                if unit in self.whole:
+                    self.stored[unit] = self._use_disk(self.d2h, self.times.input_write[unit])
                 leaving.append(self.d2h)
                 if len(leaving) > _MOVING:
                     ready = max(ready, leaving[-1 - _MOVING])
@@ -598,7 +612,10 @@ class _Step:
             if self.offloads[unit]:
                 while inputs and len(coming) < _MOVING + 1:
                     first = inputs.pop(0)
-                    self.h2d = max(self.h2d, self.host, self.stored[first]) + times.inputs[first] * self.link
+                    there = max(self.host, self.stored[first])
+                    if first in self.whole:
+                        there = self._use_disk(there, times.input_read[first])
+                    self.h2d = max(self.h2d, there) + times.inputs[first] * self.link
                     coming[first] = self.h2d
                 ready = max(ready, coming.pop(unit))
             self.run(load.backward[unit], ready, self.launch_backward[unit])
@@ -616,7 +633,7 @@ class _Step:
         issued = max(self.host, free)
         self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link
         if unit in self.whole and not self.times.overlapped:
-            self.worker.disk = max(self.worker.disk, self.d2h) + self.times.gradients_write[unit]
+            self.gradients_written = self._use_disk(self.d2h, self.times.gradients_wait[unit])
         if self.times.overlapped:
             self._submit_update(unit, self.d2h, staged=True)
         elif self.staged:  # sums go before updates
@@ -649,7 +666,9 @@ class _Step:
             # Trainer reads the loss, and deferred gradients are in RAM when backward returns.
             self.host = max(self.host, self.compute)
             if not times.overlapped:
-                self.host = max(self.host, self.d2h)
+                if self.gradients_written > max(self.host, self.d2h):
+                    self.waits[DISK] += self.gradients_written - max(self.host, self.d2h)
+                self.host = max(self.host, self.d2h, self.gradients_written)
                 if self.staged:
                     self.host = max(self.host, self.worker.finish_all())
         self._update()

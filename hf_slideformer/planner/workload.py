@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..memory.layout import FP32_MOMENTS, MomentFormat, ParamSpec, UnitLayout
 from .profile import ModelProfile
@@ -12,6 +12,7 @@ DEFAULT_SLOTS = 3
 MIN_SLOTS = 2
 _MAX_OVERLAP_STAGING = 5
 _SUM_STAGING = 3
+_DISK_STAGING = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Workload:
         on_gpu: whether the device is a GPU (and host buffers that it reads are pinned); otherwise RAM stands in.
         last_gradients: names of outside parameters whose gradient comes after the last unit's backward: an input
             embedding that is not tied to the head. The gradients of all others come before the units' backward.
+        mapped: names of parameters whose weights are pages of a file until they are moved, and so take no RAM.
     """
 
     layouts: tuple[UnitLayout, ...]
@@ -40,6 +42,7 @@ class Workload:
     moments: MomentFormat = FP32_MOMENTS
     on_gpu: bool = True
     last_gradients: frozenset[str] = frozenset()
+    mapped: frozenset[str] = frozenset()
 
     @property
     def fp32_sums(self) -> bool:
@@ -51,13 +54,20 @@ class Workload:
         """When units are updated: "deferred", "overlapped", or "none" (no optimizer)."""
         return "none" if not self.training else "overlapped" if self.overlapped else "deferred"
 
-    def staging_buffers(self, streamed: int) -> int:
-        """Host buffers that the gradients of this many streamed units pass through."""
+    def staging_buffers(self, streamed: int, *, to_disk: bool = False) -> int:
+        """Host buffers that the gradients of this many streamed units pass through.
+
+        Args:
+            streamed: number of units.
+            to_disk: whether gradients of some of them wait on disk.
+        """
         if not self.training or not streamed:
             return 0
         if self.overlapped:  # enough for the worker to stay busy while the next gradients land
             return min(_MAX_OVERLAP_STAGING, max(2, streamed // 4))
-        return _SUM_STAGING if self.fp32_sums else 0
+        if self.fp32_sums:
+            return _SUM_STAGING
+        return _DISK_STAGING if to_disk else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +76,15 @@ class Decisions:
 
     Attributes:
         resident: indices of the units whose weights and optimizer state stay on the GPU.
-        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM meanwhile).
+        activations: for each unit "keep", "recompute" or "offload" (recompute, with its inputs in RAM or on disk
+            meanwhile).
         slots: GPU buffers that the other units take turns in; at least 2, of no size where no unit streams.
         staging_buffers: host buffers that gradients pass through.
         outside_state: "GPU" or "RAM": where the optimizer state of parameters outside of units is.
         on_disk: indices of the streamed units whose master residuals and moments are on disk between updates; their
             weights and gradients stay in RAM, but for those of `weights_on_disk`.
-        weights_on_disk: those among them whose weights, and gradients that wait for clipping, are on disk as well.
+        weights_on_disk: those among them of which all that waits is on disk as well: weights, gradients for clipping,
+            inputs that are offloaded.
         disk_buffers: host buffers, each as large as the largest such state, that it passes through.
     """
 
@@ -114,6 +126,12 @@ class Decisions:
     def streamed(cls, workload: Workload, *, activations: str = "recompute") -> Decisions:
         """Every unit streams and has its activations treated alike."""
         return cls.of(workload, rest=activations)
+
+    def with_weights_on_disk(self, workload: Workload, units: tuple[int, ...]) -> Decisions:
+        """The same with weights, and gradients that wait, of these units on disk."""
+        streamed = len(workload.layouts) - len(self.resident)
+        staging = workload.staging_buffers(streamed, to_disk=bool(units))
+        return replace(self, weights_on_disk=units, staging_buffers=staging)
 
     @property
     def kept(self) -> int:

@@ -54,33 +54,44 @@ def test_state_on_disk_or_in_ram(tmp_path, bf16):
     (tmp_path / "disk").mkdir()
     in_ram = _trainer(tmp_path / "ram", {"placement": "stream"}, seed=0, bf16=bf16)
     needed = sum(in_ram.slide.plan.peaks["train"][tier] for tier in ("GPU", "RAM"))
-    on_disk = {"cpu_memory": int(needed * 0.7), "nvme_dir": tmp_path / "disk"}
+    on_disk, whole = (
+        {"cpu_memory": int(needed * share), "nvme_dir": tmp_path / "disk"} for share in (0.7, 0.5)
+    )
     in_ram.train()
     expected = final_state(in_ram)
-    settings = {"ram": {"placement": "stream"}, "disk": on_disk, "auto": {}}
+    settings = {"ram": {"placement": "stream"}, "disk": on_disk, "whole": whole, "auto": {}}
 
     def check(trainer: SlideTrainer, name: str) -> None:
-        assert bool(trainer.slide.plan.decisions.on_disk) == (name == "disk")
+        decisions = trainer.slide.plan.decisions
+        assert bool(decisions.on_disk) == (name in ("disk", "whole"))
+        # fp32 weights that train as split masters have to be in RAM while they load, so they are the last to leave it.
+        assert bool(decisions.weights_on_disk) == (name == "whole" and not bf16)
         assert final_state(trainer) == expected
 
     from_disk = _trainer(tmp_path / "from-disk", on_disk, seed=0, bf16=bf16)
     from_disk.train()
     check(from_disk, "disk")
+    all_from_disk = _trainer(tmp_path / "from-whole", whole, seed=0, bf16=bf16)
+    all_from_disk.train()
+    check(all_from_disk, "whole")
     for written, loaded in (
         ("ram", "disk"),
         ("from-disk", "ram"),
         ("from-disk", "disk"),
         ("from-disk", "auto"),
+        ("from-whole", "ram"),
+        ("from-disk", "whole"),
     ):
         resumed = _trainer(tmp_path / f"{written}-{loaded}", settings[loaded], seed=99, bf16=bf16)
         resumed.train(resume_from_checkpoint=str(tmp_path / written / "checkpoint-2"))
         check(resumed, loaded)
-    one, two = (
-        SavedCheckpoint(tmp_path / name / "checkpoint-4", FileOps()).records for name in ("ram", "from-disk")
+    one, two, three = (
+        SavedCheckpoint(tmp_path / name / "checkpoint-4", FileOps()).records
+        for name in ("ram", "from-disk", "from-whole")
     )
     tensors = [name for name in one if name.endswith(".safetensors")]
     assert len(tensors) == 14
-    assert all(one[name] == two[name] for name in tensors)  # the same bytes
+    assert all(one[name] == two[name] == three[name] for name in tensors)  # the same bytes
     assert torch.isfinite(from_disk.slide.engine.states[0].live).all()
 
 

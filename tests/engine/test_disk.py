@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
+from hf_slideformer.engine.batch_shape import BatchShape
 from hf_slideformer.errors import DiskError, PlanError, StateError, TransferError
 from hf_slideformer.memory import disk
 
@@ -55,12 +56,17 @@ def _prepare(
     seed=0,
     **settings,
 ):
+    shape = None
+    if "offload" in decisions.activations:  # inputs have a place on disk only if their size is known
+        shape = BatchShape(2, 16, "of the test")
+        settings.setdefault("gpu_memory", "1GiB")
     config = SlideConfig(nvme_dir=str(tmp_path), **settings)
     return prepare(
         tiny_llama(dtype, attention_dropout=0.1, seed=seed),
         device=device,
         config=config,
         accumulates=accumulates,
+        shape=shape,
         decisions=decisions,
         delays=delays,
     )
@@ -69,13 +75,15 @@ def _prepare(
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 masters"])
 def test_twenty_steps_from_disk(tmp_path, dtype, states):
-    runs = [
+    in_ram, state, everything = (
         train(_prepare(tmp_path, decisions, dtype, optimizer_states=states), 20, max_norm=0.5)
-        for decisions in (decide(), decide(on_disk=ALL))
-    ]
-    assert runs[1].engine.disk_bytes > 0
-    assert min(runs[0].norms) > 0.5, "the test must clip"
-    assert_same_bits(*runs)
+        for decisions in (decide(), decide(on_disk=ALL), PLACEMENTS["all, activations offloaded"])
+    )
+    assert 0 < state.engine.disk_bytes < everything.engine.disk_bytes
+    assert everything.engine.host_bytes < in_ram.engine.host_bytes
+    assert min(in_ram.norms) > 0.5, "the test must clip"
+    assert_same_bits(in_ram, state)
+    assert_same_bits(in_ram, everything)
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +233,91 @@ def _chain(error):
         error = error.__cause__
 
 
+def test_a_second_gradient_is_summed_as_in_ram(tmp_path):
+    """Nobody said that there would be two backwards a step, so the file has no room for an fp32 sum."""
+
+    def run(decisions):
+        found = _prepare(tmp_path, decisions)
+        data = batches(6)
+        for first, second in zip(data[::2], data[1::2], strict=True):
+            step(found, [first, second], max_norm=0.5)
+        step(found, [data[0]], max_norm=0.5)  # and back to gradients that wait on disk
+        return found
+
+    assert_same_bits(run(decide()), run(PLACEMENTS["all of everything"]))
+
+
+def test_parameters_that_get_gradients_in_different_backwards(tmp_path):
+    def run(decisions):
+        found = _prepare(tmp_path, decisions)
+        layers = found.model.model.layers
+        for tokens in batches(3):
+            for layer in layers:
+                layer.mlp.forward = torch.nn.functional.silu
+            found.model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            assert layers[3].mlp.up_proj.weight.grad is None
+            assert layers[3].self_attn.q_proj.weight.grad is not None
+            for layer in layers:
+                layer.mlp.forward = functools.partial(type(layer.mlp).forward, layer.mlp)
+            loss = found.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            found.losses.append(loss.item())
+            found.norms.append(found.engine.clip_grad_norm_(found.model.parameters(), 0.5).item())
+            found.optimizer.step()
+            found.optimizer.zero_grad()
+        return found
+
+    assert_same_bits(run(decide()), run(PLACEMENTS["all of everything"]))
+
+
+def test_gradients_on_disk_can_be_edited(tmp_path):
+    def run(decisions):
+        found = _prepare(tmp_path, decisions)
+        for tokens in batches(3):
+            loss = found.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            found.losses.append(loss.item())
+            with torch.no_grad():
+                found.model.model.layers[1].mlp.up_proj.weight.grad.mul_(0.5)
+                found.model.model.layers[2].mlp.up_proj.weight.grad[0] = 0.125
+            torch.nn.utils.clip_grad_norm_(found.model.parameters(), 0.5)  # torch's own, in place
+            found.optimizer.step()
+            found.optimizer.zero_grad()
+        return found
+
+    assert_same_bits(run(decide()), run(PLACEMENTS["all of everything"]))
+
+
+def test_inputs_wait_on_disk(tmp_path):
+    """Also those of two forwards in a row, of which the second has no place there."""
+
+    def run(decisions):
+        found = _prepare(tmp_path, decisions)
+        for first, second in zip(batches(3), batches(3, seed=8), strict=True):
+            losses = [
+                found.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+                for tokens in (first, second)
+            ]
+            for loss in losses:
+                loss.backward()
+            found.losses.append(sum(loss.item() for loss in losses))
+            found.norms.append(found.engine.clip_grad_norm_(found.model.parameters(), 0.5).item())
+            found.optimizer.step()
+            found.optimizer.zero_grad()
+        return found
+
+    on_disk = run(PLACEMENTS["all, activations offloaded"])
+    assert_same_bits(run(decide()), on_disk)
+
+    def written(placement):
+        found = run(PLACEMENTS[placement])
+        found.engine.close()  # with all that is still to be written
+        return found.engine.metrics.totals()["disk_write_bytes"]
+
+    inputs = 3 * 6 * 4096  # in each of three steps one page of each unit; the second forward finds no place
+    assert written("all, activations offloaded") - written("all of everything") == inputs
+
+
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, None])
 @pytest.mark.parametrize("kind", ["read", "write"])
@@ -241,15 +334,38 @@ def test_a_failing_disk_ends_training_with_its_name(tmp_path, monkeypatch, kind,
 
     with pytest.raises((StateError, TransferError)) as caught:
         steps()
-    cause = next(error for error in _chain(caught.value) if isinstance(error, DiskError))
-    assert cause.errno == error and "unit-0000" in str(cause) and str(tmp_path) in str(cause)
+    _assert_ended(run, caught.value, tmp_path, error)
     assert 3 <= len(run.losses) <= 5, "found at the next wait, not at the end"
+
+
+def _assert_ended(run, raised, path, number):
+    cause = next(error for error in _chain(raised) if isinstance(error, DiskError))
+    assert cause.errno == number and "unit-0000" in str(cause) and str(path) in str(cause)
     with pytest.raises(StateError, match="resume from the last checkpoint"):
         run.optimizer.step()
     with pytest.raises((StateError, TransferError)):
-        step(run, [data[0]], max_norm=None)
+        step(run, batches(1), max_norm=None)
     run.engine.close()
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(path) == []
+
+
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+@pytest.mark.parametrize("number", [20, 25, 31, 38])
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_whatever_fails_of_what_is_on_disk_ends_training(tmp_path, monkeypatch, kind, number, update):
+    """Fetches of weights, inputs, gradients and updates take turns, so that these numbers meet all of them."""
+    ops = _FailingOps(kind, number, errno.EIO)
+    monkeypatch.setattr(disk, "FileOps", lambda: ops)
+    run = _prepare(tmp_path, PLACEMENTS["all, activations offloaded"], update=update)
+
+    def steps():
+        for tokens in batches(6):
+            step(run, [tokens], max_norm=None if update == "overlapped" else 0.5)
+        run.engine.synchronize()
+
+    with pytest.raises((StateError, TransferError)) as caught:
+        steps()
+    _assert_ended(run, caught.value, tmp_path, errno.EIO)
 
 
 def test_too_little_space_is_refused_before_the_start(tmp_path, monkeypatch):
@@ -397,7 +513,9 @@ def test_one_block_at_a_time(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
-@pytest.mark.parametrize("placement", ["everything", "beside residents", "offloaded activations"])
+@pytest.mark.parametrize(
+    "placement", ["everything", "beside residents", "offloaded activations", "all, activations offloaded"]
+)
 def test_disk_changes_no_bit_on_gpu(tmp_path, deterministic, placement, update, states):
     runs = [
         train(

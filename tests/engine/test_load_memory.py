@@ -93,3 +93,23 @@ def test_state_that_goes_to_disk_was_never_whole_in_ram(checkpoint, tmp_path):
     found = _measure(checkpoint, {"nvme_dir": str(tmp_path), "cpu_memory": "1400MB"}, "float32")
     assert found["disk"] > 1_000 * MIB
     assert found["peak"] <= found["planned"]["RAM"] + found["planned"]["GPU"] + 32 * MIB, found
+
+
+def test_a_model_larger_than_ram_goes_from_file_to_disk(tmp_path):
+    """Many small layers: what two of them need on their way is much less than all weights."""
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=32,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    saved = tmp_path / "checkpoint"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(saved, max_shard_size="64MB")
+    weights = 32 * (4 * 512 * 512 + 3 * 512 * 2048) * 2
+    found = _measure(saved, {"nvme_dir": str(tmp_path), "cpu_memory": "220MB"}, "bfloat16")
+    assert found["disk"] >= 7 * weights, "all state, weights and gradients"
+    assert found["peak"] <= found["planned"]["RAM"] + found["planned"]["GPU"] + 32 * MIB, found
+    assert found["peak"] < weights / 2, found

@@ -97,6 +97,30 @@ def test_ram_is_planned(placement):
     )
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("update", ["deferred", "overlapped"])
+def test_ram_and_disk_are_planned_with_weights_on_disk(tmp_path, update, micro_batches):
+    if update == "overlapped" and micro_batches > 1:
+        pytest.skip("refused together")
+    placed = decide(offload=ALL, on_disk=ALL, disk_buffers=2, slots=2)
+    run = prepare(
+        tiny_llama(**SHAPE),
+        config=SlideConfig(gpu_memory="1GiB", nvme_dir=str(tmp_path), update=update),
+        shape=BatchShape(BATCH, SEQ, "of the test"),
+        accumulates=micro_batches > 1,
+        decisions=dataclasses.replace(placed, weights_on_disk=(0, 1, 3, 5), staging_buffers=2),
+    )
+    for _ in range(3):
+        data = batches(micro_batches, batch=BATCH, seq=SEQ)
+        step(run, data, max_norm=None if update == "overlapped" else 0.5)
+    planned, slack = run.engine.plan.peaks["train"], 4096 * len(ALL)
+    # Buffers are mapped when they are needed; a quick copy needs one of two.
+    lazy = 2 * run.engine.gradients._staging._nbytes + 2 * BATCH * SEQ * 128 * 2
+    assert run.engine.host_bytes - slack <= planned["RAM"]
+    assert planned["RAM"] - lazy <= 1.03 * run.engine.host_bytes + slack
+    assert run.engine.disk_bytes == planned["disk"] > 0
+
+
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
 def test_ram_and_disk_are_planned_with_state_on_disk(tmp_path, states, update):

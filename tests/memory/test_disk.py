@@ -20,7 +20,7 @@ import torch
 
 from hf_slideformer.errors import ConfigError, DiskError, SlideFormerError, StateError, TransferError
 from hf_slideformer.memory.disk import DiskStore, check_directory, free_bytes
-from hf_slideformer.memory.pinned import HostBuffer
+from hf_slideformer.memory.pinned import HostBuffer, MappedFile
 from hf_slideformer.memory.transfer import Handle
 from hf_slideformer.metrics import Metrics
 
@@ -381,8 +381,54 @@ def test_spans_and_labels(make_store, metrics):
 def test_a_small_buffer_is_refused(make_store):
     store = make_store()
     file = store.create("layer 0", 3 * PAGE)
-    with pytest.raises(StateError, match=f"{2 * PAGE} bytes, and the file {3 * PAGE}"):
+    with pytest.raises(StateError, match=f"{2 * PAGE} bytes, and {3 * PAGE} are to be moved"):
         store.read(file, HostBuffer(2 * PAGE))
+
+
+@pytest.mark.parametrize("directories", [1, 2])
+@pytest.mark.parametrize("striped", [True, False])
+def test_a_span_is_moved_and_nothing_else(make_store, striped, directories):
+    store = make_store(chunk_bytes=2 * PAGE, directories=directories)
+    file = store.create("layer 0", 9 * PAGE, striped=striped)
+    whole, part, back = filled(9 * PAGE, 1), filled(4 * PAGE, 2), HostBuffer(9 * PAGE)
+    wait(store.write(file, whole))
+    wait(store.write(file, part, span=(3 * PAGE, 4 * PAGE)))
+    wait(store.read(file, back))
+    expected = content(whole).clone()
+    expected[3 * PAGE : 7 * PAGE] = content(part)
+    assert torch.equal(content(back), expected)
+    target = HostBuffer(2 * PAGE)
+    wait(store.read(file, target, span=(6 * PAGE, 2 * PAGE)))
+    assert torch.equal(content(target), expected[6 * PAGE : 8 * PAGE])
+
+
+@pytest.mark.parametrize("span", [(1, PAGE), (0, PAGE + 1), (2 * PAGE, 2 * PAGE)])
+def test_a_span_that_is_not_whole_pages_of_the_file_is_refused(make_store, span):
+    store = make_store()
+    file = store.create("layer 0", 3 * PAGE)
+    with pytest.raises(StateError, match="are not whole pages of it"):
+        store.read(file, HostBuffer(4 * PAGE), span=span)
+
+
+def test_memory_and_disk_agree(make_store):
+    """What is written through the mapping is read from disk, and the other way round."""
+    store = make_store(chunk_bytes=PAGE)
+    file = store.create("layer 0", 3 * PAGE, striped=False)
+    mapping = MappedFile(file.map())
+    wait(store.write(file, filled(3 * PAGE, 1)))
+    assert torch.equal(mapping.tensor(torch.uint8, 0, 3 * PAGE), content(filled(3 * PAGE, 1)))
+    mapping.tensor(torch.uint8, PAGE, PAGE).fill_(7)
+    back = HostBuffer(3 * PAGE)
+    wait(store.read(file, back))
+    assert (content(back)[PAGE : 2 * PAGE] == 7).all()
+    wait(store.write(file, filled(PAGE, 3), span=(PAGE, PAGE)))
+    assert torch.equal(mapping.tensor(torch.uint8, PAGE, PAGE), content(filled(PAGE, 3)))
+
+
+def test_a_striped_file_cannot_be_mapped(make_store):
+    store = make_store(chunk_bytes=PAGE, directories=2)
+    with pytest.raises(StateError, match="layer 0 is striped, and cannot be mapped"):
+        store.create("layer 0", 3 * PAGE).map()
 
 
 # --- close -----------------------------------------------------------------------------------------------------------
@@ -429,7 +475,7 @@ SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore", RuntimeWarning)
 from hf_slideformer.memory.disk import DiskStore
-from hf_slideformer.memory.pinned import HostBuffer
+from hf_slideformer.memory.pinned import HostBuffer, MappedFile
 from hf_slideformer.memory.transfer import Handle
 from hf_slideformer.metrics import Metrics
 

@@ -23,6 +23,7 @@ class Unit:
     layout: UnitLayout
     host_weights: torch.Tensor
     pending_update: Handle | None = None
+    borrow_weights: None = None
 
     @property
     def name(self):

@@ -169,6 +169,10 @@ def test_state_on_disk():
     assert plan.budgets == {"GPU": GIB, "RAM": GIB, "disk": 16 * MIB}
     text = str(plan)
     assert "; optimizer state of 1 unit on disk; updates: deferred" in text
+    whole = dataclasses.replace(_on_disk(), weights_on_disk=_on_disk().on_disk)
+    assert "; optimizer state of 1 unit on disk, weights and gradients of 1 unit too; updates" in str(
+        _plan(whole, budgets=budgets)
+    )
     assert re.search(r"\n  disk +10\.00 MiB, 6\.00 MiB left\n    residuals and moments +10\.00 MiB", text)
     restored = json.loads(json.dumps(plan.as_dict()))
     assert restored["decisions"]["on_disk"] == [1] and restored["decisions"]["disk_buffers"] == 2

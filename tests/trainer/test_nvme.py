@@ -39,14 +39,14 @@ def streamed(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("share", [0.9, 0.7])
-def test_less_ram_and_the_same_numbers(tmp_path, streamed, share):
+@pytest.mark.parametrize(("share", "weights_too"), [(0.9, False), (0.7, False), (0.45, True)])
+def test_less_ram_and_the_same_numbers(tmp_path, streamed, share, weights_too):
     needed, weights, losses = streamed
     disk = tmp_path / "disk"
     disk.mkdir()
     trainer = _trainer(tmp_path, "out", SlideConfig(cpu_memory=int(needed * share), nvme_dir=disk))
     plan = trainer.slide.plan
-    assert plan.decisions.on_disk
+    assert plan.decisions.on_disk and bool(plan.decisions.weights_on_disk) == weights_too
     trainer.train()
     assert sum(plan.peaks["train"][tier] for tier in ("GPU", "RAM")) <= needed * share
     assert trainer.slide.engine.disk_bytes <= plan.peaks["train"]["disk"]

@@ -13,6 +13,7 @@ from hf_slideformer import SlideAdamW, SlideConfig, SlideTrainer
 from hf_slideformer.accelerator import check_environment
 from hf_slideformer.engine.engine import SlideEngine, engine_of
 from hf_slideformer.errors import ConfigError, PlanError, StateError, UnsupportedModelError
+from tests.engine.loop import decide
 
 from . import runs
 
@@ -216,7 +217,7 @@ def test_several_gpus_become_one(tmp_path):
 
 
 LAUNCHES = {
-    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed or FSDP"),
+    "deepspeed": ({"distributed_type": DistributedType.DEEPSPEED}, "DeepSpeed, FSDP or Megatron-LM"),
     "fsdp": ({"distributed_type": DistributedType.FSDP}, "remove their configuration"),
     "processes": ({"num_processes": 2}, "--num_processes 1"),
     "fp16": ({"mixed_precision": "fp16"}, "use bf16=True"),
@@ -309,10 +310,42 @@ def test_hooks_on_streamed_parameters(tmp_path):
 
 
 def test_backward_without_an_optimizer():
+    # And with one, the engine goes on: nothing of the refused backward is left.
+    model, plain = runs.llama(), runs.plain_loop()
+    engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
+    first, second = runs.batches(2)
+    for _ in range(2):
+        loss = model(input_ids=first, labels=first).loss
+        with pytest.raises(StateError, match=r"without an optimizer; prepare both.*trainer\.train"):
+            loss.backward()
+    assert all(param.grad is None for param in model.parameters())
+    optimizer = SlideAdamW(runs.plain_loop(model).optimizer.param_groups, lr=1e-3)
+    engine.attach_optimizer(optimizer)
+    ours = runs.Loop(model, optimizer, engine.clip_grad_norm_, engine)
+    for loop in (ours, plain):
+        loop.loss(second).backward()
+        loop.optimizer.step()
+    runs.assert_same_weights(ours.weights(), plain.weights())
+
+
+@pytest.mark.parametrize("decided", ["streamed", "resident"])
+@pytest.mark.parametrize("trained", ["units", "outside", "all"])
+def test_backward_without_an_optimizer_is_refused_wherever_parameters_are(decided, trained):
     model = runs.llama()
-    SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
+    units = {id(param) for param in model.model.layers.parameters()}
+    for param in model.parameters():
+        param.requires_grad_(trained == "all" or (id(param) in units) == (trained == "units"))
+    everything = range(4) if decided == "resident" else ()
+    engine = SlideEngine(
+        model,
+        device=torch.device("cpu"),
+        bf16=False,
+        config=SlideConfig(),
+        decisions=decide(resident=everything, keep=everything, units=4),
+    )
+    assert [unit.streamed for unit in engine.executor.units] == [decided == "streamed"] * 4
     loss = model(input_ids=runs.batches(1)[0], labels=runs.batches(1)[0]).loss
-    with pytest.raises(StateError, match="without an optimizer; prepare both together"):
+    with pytest.raises(StateError, match="without an optimizer"):
         loss.backward()
 
 
