@@ -27,6 +27,12 @@ _EXPORTS = {
     "CheckpointError": "errors",
 }
 
+# These need packages that may be missing, so `import *` leaves them out.
+_OPTIONAL_EXPORTS = {
+    "SlideDPOTrainer": "trl_trainers",
+    "SlideSFTTrainer": "trl_trainers",
+}
+
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
@@ -44,9 +50,12 @@ if TYPE_CHECKING:
     from .optim import SlideAdamW as SlideAdamW
     from .trainer import SlideTrainer as SlideTrainer
     from .trainer import SlideTrainerMixin as SlideTrainerMixin
+    from .trl_trainers import SlideDPOTrainer as SlideDPOTrainer
+    from .trl_trainers import SlideSFTTrainer as SlideSFTTrainer
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
+    module = _EXPORTS.get(name) or _OPTIONAL_EXPORTS.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{module}", __name__), name)

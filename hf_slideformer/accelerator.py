@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,9 @@ class SlideAccelerator(Accelerator):
     _slide_shape: BatchShape | None = None
     _slide_overlap_is_exact = False
     _slide_bf16: bool | None = None
+    # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
+    _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
+    _slide_references: tuple[weakref.ref[SlideEngine], ...] = ()
 
     def __init__(
         self, *args: Any, slideformer_plugin: SlideFormerPlugin | None = None, **kwargs: Any
@@ -136,7 +140,9 @@ class SlideAccelerator(Accelerator):
         optimizers = [_unwrapped(obj) for obj in args if isinstance(obj, torch.optim.Optimizer)]
         for obj in args:
             if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
-                self.count_on_batches(obj.dataset, obj.batch_size, models[0] if models else None)
+                self.count_on_batches(
+                    obj.dataset, obj.batch_size, models[0] if models else None, collate=obj.collate_fn
+                )
         known = [*map(_unwrapped, self._optimizers), *optimizers]
         for model in [*self._models, *models]:
             _check_optimizers(model, known)
@@ -155,7 +161,11 @@ class SlideAccelerator(Accelerator):
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
-        """Stream `model`; a model that is streamed already is returned as it is."""
+        """Stream `model`; a model that is streamed already is returned as it is.
+
+        With `evaluation_mode` it is for reading only (DPO's reference model): its parameters are frozen, and it has
+        room for nothing but weights.
+        """
         known = [_unwrapped(optimizer) for optimizer in self._optimizers]
         _check_optimizers(model, known)
         for_training = not evaluation_mode and any(_shares_parameters(opt, model) for opt in known)
@@ -182,8 +192,16 @@ class SlideAccelerator(Accelerator):
         engine = engine_of(model)
         if engine is None:
             engine = SlideEngine(
-                model, device=self.device, for_training=for_training, shape=self._slide_shape, **settings
+                model,
+                device=self.device,
+                for_training=for_training,
+                read_only=evaluation_mode and not self._slide_will_train(model),
+                shape=self._slide_shape,
+                taken=self.slide_taken(),
+                **settings,
             )
+            if engine.read_only:
+                self._slide_references = (*self._slide_references, weakref.ref(engine))
             save_exactly(model, engine)
             # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
             super().prepare_model(model, device_placement=False, evaluation_mode=True)
@@ -207,13 +225,32 @@ class SlideAccelerator(Accelerator):
                         if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
                             logger.warning(NOTHING_KNOWN_OF_BATCHES)
 
-    def count_on_batches(self, dataset: Any, batch_size: int | None, model: torch.nn.Module | None) -> None:
+    def slide_references(self) -> list[SlideEngine]:
+        """Engines of models that were prepared for reading only, as long as they are there."""
+        return [engine for reference in self._slide_references if (engine := reference()) is not None]
+
+    def slide_taken(self) -> dict[str, int]:
+        """Bytes by tier that such models take of what the settings allow."""
+        taken: dict[str, int] = {}
+        for engine in self.slide_references():
+            for tier, nbytes in engine.plan.peaks["train"].items():
+                taken[tier] = taken.get(tier, 0) + nbytes
+        return taken
+
+    def count_on_batches(
+        self,
+        dataset: Any,
+        batch_size: int | None,
+        model: torch.nn.Module | None,
+        collate: Callable[[list], Any] | None = None,
+    ) -> None:
         """Find out what batches are like, where activations are planned for.
 
         Args:
             dataset: what the data loader reads.
             batch_size: sequences of a micro-batch; None where the dataset or a sampler makes the batches.
             model: to be trained, if it is known already.
+            collate: makes batches of samples.
         """
         config = self._slide_config or SlideConfig()
         if batch_size is not None and plans_activations(self.device, config):
@@ -222,6 +259,7 @@ class SlideAccelerator(Accelerator):
                 batch_size=batch_size,
                 seq_len=config.seq_len,
                 max_positions=max_positions(getattr(model, "config", None)),
+                collate=collate,
             )
 
     def prepare_optimizer(

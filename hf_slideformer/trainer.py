@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
@@ -25,6 +26,7 @@ from .checkpoint import check_free_space
 from .config import SlideConfig
 from .engine.blueprint import Blueprint
 from .engine.engine import SlideEngine, engine_of
+from .engine.follow import follow
 from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
@@ -100,12 +102,9 @@ class SlideTrainerMixin(CheckpointMixin):
 
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
         self._slide_config = SlideConfig.of_launch() if slide_config is None else SlideConfig.of(slide_config)
-        super().__init__(*args, **kwargs)
         self.slide = SlideStatus(self)
-        check_has_data(self.model)
-        self._check_model(self.model)
-        self._check_optimizer()
-        self.accelerator.count_on_batches(self.train_dataset, self.args.train_batch_size, self.model)
+        super().__init__(*args, **kwargs)
+        self._check_before_streaming()
         if self.slide.engine is None:  # a model that streams already has its place
             self._planned()  # refuses what does not fit
         if self.label_smoother is not None:
@@ -113,8 +112,35 @@ class SlideTrainerMixin(CheckpointMixin):
                 self.label_smoother.epsilon, self.label_smoother.ignore_index
             )
         self.callback_handler.callbacks[:0] = [_DrainBeforeForeignCallbacks(self), _TellPlan(self)]
+        if getattr(self.args, "sync_ref_model", False):
+            self._take_over_reference()
 
     # -- construction ----------------------------------------------------------------------------------------
+
+    def _check_before_streaming(self) -> None:
+        check_has_data(self.model)
+        self._check_model(self.model)
+        self._check_optimizer()
+        self.accelerator.count_on_batches(
+            self.train_dataset, self.args.train_batch_size, self.model, collate=self.data_collator
+        )
+
+    def _take_over_reference(self) -> None:
+        callbacks = self.callback_handler.callbacks
+        theirs = [callback for callback in callbacks if type(callback).__name__ == "SyncRefModelCallback"]
+        if len(theirs) != 1:
+            raise UnsupportedModelError(
+                "this version of TRL synchronizes the reference model in a way that is not known here; set "
+                "sync_ref_model=False"
+            )
+        callbacks[callbacks.index(theirs[0])] = _FollowingReference(self)
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TRL's DPOTrainer, which may run the model when the trainer is made: it streams from then on."""
+        if self.slide.engine is None and getattr(self, "ref_model", None) is None:
+            self._check_before_streaming()
+            self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return super().compute_ref_log_probs(*args, **kwargs)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Check the arguments before anything is built on them, then make the accelerator a streaming one."""
@@ -122,6 +148,8 @@ class SlideTrainerMixin(CheckpointMixin):
         super().create_accelerator_and_postprocess()
         # Same object, so bound methods that Trainer has already taken from it stay valid.
         self.accelerator.__class__ = SlideAccelerator
+        trainer = weakref.ref(self)
+        self.accelerator._slide_will_train = lambda model: model is getattr(trainer(), "model", None)
         self.accelerator.configure_slide(
             self._slide_config,
             micro_batches=self.args.gradient_accumulation_steps,
@@ -150,6 +178,7 @@ class SlideTrainerMixin(CheckpointMixin):
             bf16=bool(self.accelerator._slide_bf16),
             config=self._slide_config,
             shape=self.accelerator._slide_shape,
+            taken=self.accelerator.slide_taken(),
             liger=self._liger_config() if self.args.use_liger_kernel else None,
         )
 
@@ -187,8 +216,9 @@ class SlideTrainerMixin(CheckpointMixin):
                 f"update='overlapped' needs max_grad_norm=0 and gradient_accumulation_steps=1, got "
                 f"max_grad_norm={args.max_grad_norm} and {args.gradient_accumulation_steps} steps; use update='auto'"
             )
-        # Units are recomputed by the engine; the layers must not do it a second time.
-        for flag in ("gradient_checkpointing", "activation_checkpointing"):
+        # Units are recomputed by the engine; the layers must not do it a second time. Nor must TRL copy activations to
+        # RAM: where they go is in the plan.
+        for flag in ("gradient_checkpointing", "activation_checkpointing", "activation_offloading"):
             if getattr(args, flag, False):
                 setattr(args, flag, False)
         _check_writable(Path(args.output_dir))
@@ -202,11 +232,9 @@ class SlideTrainerMixin(CheckpointMixin):
             )
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             raise UnsupportedModelError(f"pass the model itself, not a {type(model).__name__} around it")
-        # The older pair of names warns on versions that have the newer one.
-        for kind in ("activation_checkpointing", "gradient_checkpointing"):
-            if hasattr(type(model), f"is_{kind}"):
-                if getattr(model, f"is_{kind}"):
-                    getattr(model, f"{kind}_disable")()
+        for module in model.modules():  # the model itself, or the one in a PeftModel
+            if isinstance(module, PreTrainedModel):
+                _disable_checkpointing(module)
                 break
 
     def _check_optimizer(self) -> None:
@@ -314,6 +342,23 @@ for _event in [name for name in vars(TrainerCallback) if name.startswith("on_") 
     setattr(_DrainBeforeForeignCallbacks, _event, _drain_on(_event))
 
 
+class _FollowingReference(TrainerCallback):
+    """Lets TRL's reference model follow the trained one, in the place of TRL's own callback.
+
+    That one adds parameters of the two models, which may lie on different devices, through `p.data`.
+    """
+
+    def __init__(self, trainer: SlideTrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Every `ref_model_sync_steps` steps."""
+        trained = self._trainer.slide.engine
+        if trained is not None and state.global_step % args.ref_model_sync_steps == 0:
+            for reference in self._trainer.accelerator.slide_references():
+                follow(reference, trained, args.ref_model_mixup_alpha)
+
+
 class _TellPlan(TrainerCallback):
     """Shows where everything lives when training starts, and leaves the whole plan beside the run's outputs."""
 
@@ -331,6 +376,8 @@ class _TellPlan(TrainerCallback):
             logger.info("Where the training state lives:\n%s", plan)
         else:
             print(f"Where the training state lives:\n{plan}", flush=True)
+            for reference in self._trainer.accelerator.slide_references():
+                print(f"Beside it, a model that is only read:\n{reference.plan}", flush=True)
         if SaveStrategy(args.save_strategy) != SaveStrategy.NO and args.should_save:
             check_free_space(Path(args.output_dir), self._trainer._checkpoint_bytes(), self._trainer._files)
         path = Path(args.output_dir) / PLAN_FILE
@@ -358,6 +405,15 @@ class _FusedLabelSmoother(LabelSmoother):
             label_smoothing=self.epsilon,
         )
         return loss if items is None else loss / (items.to(loss.device) if torch.is_tensor(items) else items)
+
+
+def _disable_checkpointing(model: PreTrainedModel) -> None:
+    # The older pair of names warns on versions that have the newer one.
+    for kind in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(type(model), f"is_{kind}"):
+            if getattr(model, f"is_{kind}"):
+                getattr(model, f"{kind}_disable")()
+            return
 
 
 def _check_writable(directory: Path) -> None:

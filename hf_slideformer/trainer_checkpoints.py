@@ -29,6 +29,7 @@ from .checkpoint import (
     SavedWeights,
     SavePretrained,
     clean_up,
+    joined_state_dict,
     new_checkpoint,
     optimizer_bytes,
     remove_checkpoint,
@@ -69,7 +70,7 @@ class CheckpointMixin(_Trainer):
         if engine is not None:
             engine.synchronize()
             if state_dict is None and not isinstance(self.model, PreTrainedModel):
-                joined = engine.state_dict_as_loaded(self.model)
+                joined = joined_state_dict(self.model, engine)
         save = getattr(self.model, "save_pretrained", None)
         with contextlib.ExitStack() as stack:
             if self._new_checkpoint is not None and isinstance(save, SavePretrained):

@@ -39,6 +39,18 @@ def test_slide_trainer_imports_nothing_heavy_that_trainer_does_not():
     assert (slide_trainer - trainer) & HEAVY == set()
 
 
+def test_trls_trainers_say_what_is_missing():
+    program = (
+        "import sys; sys.modules['trl'] = None\n"
+        "import hf_slideformer\n"
+        "assert 'SlideSFTTrainer' not in hf_slideformer.__all__\n"
+        "try: hf_slideformer.SlideSFTTrainer\n"
+        "except ImportError as error: assert 'hf-slideformer[trl]' in str(error), error\n"
+        "else: raise AssertionError('imported')"
+    )
+    assert "hf_slideformer" in top_level_modules_after(program)
+
+
 def test_transformers_imports_from_the_repository_root():
     """The folder `kernels/` must not pass for Hugging Face's package of that name, which transformers probes."""
     assert "transformers" in top_level_modules_after("import transformers; transformers.AutoModelForCausalLM")

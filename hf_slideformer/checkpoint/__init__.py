@@ -15,6 +15,7 @@ from .optimizer import OPTIMIZER_FOLDER, SavedOptimizer, optimizer_bytes, save_o
 from .weights import (
     SavedWeights,
     SavePretrained,
+    joined_state_dict,
     live_layout,
     save_exactly,
     save_weights,
@@ -33,6 +34,7 @@ __all__ = [
     "Writer",
     "check_free_space",
     "clean_up",
+    "joined_state_dict",
     "live_layout",
     "new_checkpoint",
     "optimizer_bytes",

@@ -57,13 +57,14 @@ class SavePretrained(ReplacedMethod):
             entries = None
             if kwargs.keys() <= {"state_dict", "is_main_process", "max_shard_size"}:
                 entries = saved_entries(self.module, engine, stack)
-            state = engine.state_dict_as_loaded(self.module) if entries is None else {}
+            state = joined_state_dict(self.module, engine) if entries is None else {}
             result = self.original(save_directory, **{**kwargs, "state_dict": state})
             if entries is not None and kwargs.get("is_main_process", True):
                 shard_bytes = kwargs.get("max_shard_size", _MAX_SHARD_BYTES)
                 count = self._model.num_parameters()
                 write_weights(self._writer or Writer(), Path(save_directory), entries, count, shard_bytes)
-        if engine.joins_on_save:
+        own = {id(param) for param in self.module.parameters()}
+        if any(id(state.param) in own and state.spec.joined_on_save for state in engine.states):
             set_saved_dtype(Path(save_directory), torch.float32)
         return result
 
@@ -78,9 +79,29 @@ class SavePretrained(ReplacedMethod):
 
 
 def save_exactly(model: Any, engine: SlideEngine) -> None:
-    """Make `model.save_pretrained` write what was loaded, from where it lives."""
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SavePretrained(model, engine)
+    """Make `model.save_pretrained` write what was loaded, from where it lives.
+
+    Of a PeftModel also that of the model in it, which comes out of it merged.
+    """
+    for module in {model, getattr(model, "get_base_model", lambda: model)()}:
+        if hasattr(module, "save_pretrained"):
+            module.save_pretrained = SavePretrained(module, engine)
+
+
+def joined_state_dict(model: nn.Module, engine: SlideEngine) -> dict[str, torch.Tensor] | None:
+    """What is handed to `save_pretrained`: the state dict in the dtypes that it came in; None if the live one is that.
+
+    Of a model with adapters only those are saved, so weights of the base that are in units are left as they are.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        return engine.state_dict_as_loaded(model)
+
+    def is_saved(state: ParamState) -> bool:
+        in_adapter = any(part in adapters for part in state.name.split("."))
+        return state.spec.trainable or state.unit is None or in_adapter
+
+    return engine.state_dict_as_loaded(model, is_saved)
 
 
 def set_saved_dtype(directory: Path, dtype: torch.dtype) -> None:
@@ -167,7 +188,7 @@ class _Masters:
     def entry(self, name: str, live: torch.Tensor) -> TensorEntry:
         """A live tensor as it is to be written."""
         state = self._states.get(live.data_ptr())
-        if state is None or not state.spec.split or state.spec.source_dtype != torch.float32:
+        if state is None or not state.spec.joined_on_save:
             return TensorEntry(name, live.dtype, tuple(live.shape), lambda: live)
         return TensorEntry(name, torch.float32, tuple(live.shape), lambda: self._read(state))
 

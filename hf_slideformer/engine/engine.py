@@ -58,6 +58,7 @@ from ..optim.state import (
 )
 from ..optim.worker import UpdateWorker
 from ..planner.workload import Decisions
+from .adapters import watch_adapters
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .executor import Executor, Unit, UnitForward, check_unchanged
@@ -84,8 +85,11 @@ class SlideEngine:
         micro_batches: backwards that make a step; with more than one gradients are summed in fp32.
         overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
         for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
+        read_only: this model will never be trained (DPO's reference). Its parameters are frozen, every unit streams,
+            and there is room for nothing but weights.
         shape: what is known of micro-batches; without it the planner keeps away from what depends on them.
         decisions: where state lives and what happens to activations; None lets the planner decide.
+        taken: bytes by tier that other models have of what the settings allow.
         delays: for tests: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" (on the CPU), of
             "update" and of "disk", by label.
 
@@ -105,8 +109,10 @@ class SlideEngine:
         micro_batches: int = 1,
         overlap_is_exact: bool = False,
         for_training: bool = True,
+        read_only: bool = False,
         shape: BatchShape | None = None,
         decisions: Decisions | None = None,
+        taken: Mapping[str, int] | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         self._delays = delays = delays or {}
@@ -115,6 +121,7 @@ class SlideEngine:
             device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.config = config
+        self.read_only = read_only
         self._bf16 = bf16
         self.metrics = Metrics()
         self.metrics.tracing = config.trace_steps > 0
@@ -130,9 +137,14 @@ class SlideEngine:
         self._overlapped_hyperparams: dict[int, Hyperparams] = {}
         self._group_of: dict[int, int] = {}
         self._state_is_open = False
+        self._weights_are_in_hand = False
         self._loading: dict[int, torch.Tensor] = {}
         self._load_root: nn.Module | None = None
 
+        if read_only:
+            model.requires_grad_(False)
+            # What it kept on the GPU would be missing where training needs it more.
+            config, shape, for_training = dataclasses.replace(config, placement="stream"), None, False
         self._blueprint = blueprint = Blueprint.of(
             model,
             bf16=bf16,
@@ -144,9 +156,15 @@ class SlideEngine:
         self.overlapped = blueprint.overlapped
         gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
         self._refusal: PlanError | None = None
-        how: dict[str, Any] = {"device": device, "bf16": bf16, "config": config, "shape": shape}
+        how: dict[str, Any] = {
+            "device": device,
+            "bf16": bf16,
+            "config": config,
+            "shape": shape,
+            "taken": taken,
+        }
         try:  # also where only evaluation is asked for now: training may follow
-            self._planned = plan_for(model, blueprint, **how, decisions=decisions)
+            self._planned = plan_for(model, blueprint, **how, training=not read_only, decisions=decisions)
         except PlanError as error:
             if for_training:
                 raise
@@ -154,7 +172,7 @@ class SlideEngine:
             self._planned = plan_for(model, blueprint, **how, training=False)
         self.plan = self._planned.evaluating()
         decisions = self.plan.decisions
-        self._budgets = find_budgets(config, device)
+        self._budgets = find_budgets(config, device, taken=taken)
 
         self._pinned_bytes = 0
         self._warned_of_pageable = False
@@ -193,6 +211,7 @@ class SlideEngine:
         self._said: list[str] = []
         if blueprint.head.module is not None:
             defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
+        watch_adapters(model, self.weights_in_hand)
         _install_hooks(model, self)
         # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
         self._gradient_hooks += [
@@ -448,12 +467,18 @@ class SlideEngine:
 
         Raises:
             UnsupportedModelError: a parameter that is not this model's.
-            PlanError: the model was prepared for evaluation only, and its training does not fit.
+            PlanError: the model was prepared without an optimizer, and its training does not fit.
+            StateError: the model is read-only.
         """
         if self._optimizer is optimizer:
             return
         if self._refusal is not None:
             raise self._refusal
+        if self.read_only:
+            raise StateError(
+                "this model was prepared for evaluation only (evaluation_mode=True), which froze it; to train it, load "
+                "it anew and prepare it together with its optimizer"
+            )
         if self._optimizer is not None:
             self.synchronize()
             self._forget_moments()
@@ -924,6 +949,43 @@ class SlideEngine:
             self._state_is_open = False
             loan.give_back(write=write, nbytes=self._disk_layouts[unit].nbytes)
 
+    @contextlib.contextmanager
+    def weights_in_hand(self, module: nn.Module) -> Iterator[None]:
+        """Make the parameters of `module`, of one unit or none, what they came in as; take over what is written there.
+
+        For code that reads and writes `p.data`. Split masters of fp32 weights are joined meanwhile.
+        """
+        if self._weights_are_in_hand:
+            yield
+            return
+        self.synchronize()
+        states = [state for p in module.parameters() if (state := self._state_of.get(id(p))) is not None]
+        units = {state.unit for state in states if state.unit is not None}
+        before: list[torch.Tensor | None] = []
+        self._weights_are_in_hand = True
+        try:
+            with contextlib.ExitStack() as stack:
+                for unit in units:
+                    stack.enter_context(self.state_in_memory(self.executor.units[unit].states, write=True))
+                for state in states:
+                    joined = state.read_master()
+                    before.append(None if joined is not state.live else state.live.clone())
+                    state.param.data = joined
+                try:
+                    yield
+                finally:
+                    for state, was in zip(states, before, strict=True):
+                        written = state.param.data
+                        state.param.data = state.live
+                        if written.data_ptr() != state.live.data_ptr():
+                            state.write_master(written)
+                        elif was is not None and not torch.equal(was, written):
+                            state.follow_live()
+                        state.version = state.param._version
+        finally:
+            self._weights_are_in_hand = False
+            self.pool.invalidate()
+
     def state_loaded(self) -> None:
         """See `OptimizerBackend`."""
         self.pool.invalidate()
@@ -1037,27 +1099,27 @@ class SlideEngine:
         self._load_root = None
         self.pool.invalidate()
 
-    def state_dict_as_loaded(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
+    def state_dict_as_loaded(
+        self, model: nn.Module, wanted: Callable[[ParamState], bool] | None = None
+    ) -> dict[str, torch.Tensor] | None:
         """The model's state dict in the dtypes it came in, or None where the live one already is that.
 
-        fp32 weights that train as split masters are joined again, bit for bit; all else is the live tensors.
+        fp32 weights that train as split masters are joined again, bit for bit; all else is the live tensors. With
+        `wanted` only the parameters for which it is true are joined.
         """
-        if not self.joins_on_save:
+        if not any(state.spec.joined_on_save for state in self.states):
             return None
         self.synchronize()
         result = model.state_dict()
         joined: dict[int, torch.Tensor] = {}  # by address of the live tensor
         for states in self.states_by_unit():
-            halves = [state for state in states if state.spec.source_dtype != state.spec.dtype]
+            halves = [
+                state for state in states if state.spec.joined_on_save and (wanted is None or wanted(state))
+            ]
             with self.state_in_memory(halves):
                 for state in halves:
                     joined[state.live.data_ptr()] = state.read_master()
         return {name: joined.get(value.data_ptr(), value) for name, value in result.items()}
-
-    @property
-    def joins_on_save(self) -> bool:
-        """Whether some weights came in as fp32 and are live as the bf16 half of a split master."""
-        return any(s.spec.split and s.spec.source_dtype == torch.float32 for s in self.states)
 
     @property
     def fuses_loss(self) -> bool:

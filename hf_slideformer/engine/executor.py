@@ -201,7 +201,8 @@ class Executor:
     def forward(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the unit's original forward returns for these arguments."""
         if not torch.is_grad_enabled():
-            return self._run_plain(unit, args, kwargs)
+            # What is trainable does not matter here: PEFT freezes adapters while they are disabled.
+            return self._run_plain(unit, args, kwargs, check_trainable=False)
         names = (*unit.argument_names, *("" for _ in args))
         args = tuple(_without_cache(name, value) for name, value in zip(names, args, strict=False))
         kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
@@ -224,10 +225,12 @@ class Executor:
         outputs = _UnitFunction.apply(call, self.anchor, *tensors, *unit.shared)
         return call.rebuild(outputs)
 
-    def _run_plain(self, unit: Unit, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _run_plain(
+        self, unit: Unit, args: tuple, kwargs: dict[str, Any], *, check_trainable: bool = True
+    ) -> Any:
         lease = self.lease(unit, self._following(unit))
         try:
-            with bound(unit, lease), Ambient.current(self.device).autocast():
+            with bound(unit, lease, check_trainable=check_trainable), Ambient.current(self.device).autocast():
                 return unit.original_forward(*args, **kwargs)
         finally:
             lease.release()
@@ -558,13 +561,13 @@ def _kept(buffers: list[torch.Tensor]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bound(unit: Unit, lease: Lease) -> Iterator[None]:
+def bound(unit: Unit, lease: Lease, *, check_trainable: bool = True) -> Iterator[None]:
     """Put the device leaves in the place of the unit's parameters in the module tree.
 
     The parameters themselves (host tensors that the optimizer and the user hold) are never touched.
     """
     for owners, state in zip(unit.owners, unit.states, strict=True):
-        check_unchanged(state)
+        check_unchanged(state, check_trainable=check_trainable)
         for owner in owners:
             if owner.module._parameters.get(owner.key) is not state.param:
                 raise StateError(
@@ -583,12 +586,13 @@ def bound(unit: Unit, lease: Lease) -> Iterator[None]:
                 owner.module._parameters[owner.key] = state.param
 
 
-def check_unchanged(state: ParamState) -> None:
+def check_unchanged(state: ParamState, *, check_trainable: bool = True) -> None:
     """Raise `StateError` if a parameter was unfrozen, frozen or given other memory after preparation."""
-    if state.param.requires_grad != state.spec.trainable:
+    if check_trainable and state.param.requires_grad != state.spec.trainable:
         raise StateError(
             f"requires_grad of {state.name} changed to {state.param.requires_grad} after the model was prepared; "
-            "freeze or unfreeze parameters before, and make a new trainer for another choice"
+            "freeze or unfreeze parameters before, and make a new trainer for another choice (run a model whose "
+            "adapters are disabled under torch.no_grad())"
         )
     if state.param.data_ptr() != state.live.data_ptr():
         raise StateError(

@@ -73,6 +73,7 @@ def plan_for(
     decisions: Decisions | None = None,
     hardware: Hardware | None = None,
     budgets: Budgets | None = None,
+    taken: Mapping[str, int] | None = None,
 ) -> Planned:
     """The plan of one model's training (or evaluation) on `device`.
 
@@ -88,12 +89,13 @@ def plan_for(
         decisions: use these instead of the planner's.
         hardware: the machine that is planned for; None is this one.
         budgets: bytes that may be used; None takes what the settings allow of what is there.
+        taken: bytes by tier of what the settings allow that other models have.
 
     Raises:
         PlanError: it does not fit, with numbers and remedies.
         DiskError: a directory for state on disk is missing.
     """
-    budgets = budgets or find_budgets(config, device, model)
+    budgets = budgets or find_budgets(config, device, model, taken)
     hardware = hardware or hardware_of_this_machine(device, next(iter(config.nvme_dirs), None))
     placement, notes = config.placement, blueprint.notes(training=training)
     limited = plans_activations(device, config)
@@ -150,10 +152,16 @@ def profiler(
     return profile_for
 
 
-def find_budgets(config: SlideConfig, device: torch.device, model: nn.Module | None = None) -> Budgets:
+def find_budgets(
+    config: SlideConfig,
+    device: torch.device,
+    model: nn.Module | None = None,
+    taken: Mapping[str, int] | None = None,
+) -> Budgets:
     """Bytes that may be used: what the user allows, at most what is there.
 
-    The weights of `model` give up their present place when they are moved, so that place counts as free.
+    The weights of `model` give up their present place when they are moved, so that place counts as free. Of what the
+    user allows, other models have `taken` some, by tier.
     """
     ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
     if model is not None:
@@ -164,9 +172,15 @@ def find_budgets(config: SlideConfig, device: torch.device, model: nn.Module | N
                 own[param.device.type] = own.get(param.device.type, 0) + param.nbytes
         ram += min(own["cpu"], _anonymous_bytes())
         gpu = gpu + own["cuda"] if device.type == "cuda" else ram
+
+    def allowed(setting: int | str | None, there: int, tier: str) -> int:
+        if setting is None:
+            return there
+        return min(max(0, parse_bytes(setting) - (taken or {}).get(tier, 0)), there)
+
     return Budgets(
-        gpu=min(parse_bytes(config.gpu_memory or gpu), gpu),
-        ram=min(parse_bytes(config.cpu_memory or ram), ram),
+        gpu=allowed(config.gpu_memory, gpu, "GPU"),
+        ram=allowed(config.cpu_memory, ram, "RAM"),
         pinned=parse_bytes(config.pinned_memory) if config.pinned_memory is not None else None,
         disk=_disk_budget(config),
     )

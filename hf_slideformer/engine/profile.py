@@ -41,6 +41,8 @@ _MOST_SECONDS = 15.0
 
 # Attributes in which layers of one kind differ.
 _INDEX_NAMES = ("idx", "index", "layer_id", "layer_number", "block_number")
+# TRL's argument of a forward that computes the loss without all logits.
+_TRL_HEAD = "fused_lm_head"
 # Models whose loss wants one label for a sample.
 _ONE_LABEL = ("SequenceClassification", "ImageClassification", "MultipleChoice")
 
@@ -176,16 +178,30 @@ def _inputs(model: nn.Module, settings: _Settings) -> dict[str, Any]:
     Raises:
         NotImplementedError: its main input is of a kind that is not known here.
     """
-    names = inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
+    wrapped: Any = getattr(model, "get_base_model", lambda: model)  # a PeftModel hands on what it is given
+    base: Any = wrapped()
+    names = inspect.signature(base.forward).parameters
+    main = getattr(base, "main_input_name", "input_ids")
     batch, seq = settings.batch_size, settings.seq_len
-    inputs: dict[str, Any] = {main: _main_input(main, model.config, batch, seq)}
+    inputs: dict[str, Any] = {main: _main_input(main, base.config, batch, seq)}
     if "labels" in names:
-        is_whole = any(name in type(model).__name__ for name in _ONE_LABEL)
+        is_whole = any(name in type(base).__name__ for name in _ONE_LABEL)
         inputs["labels"] = torch.zeros((batch,) if is_whole else (batch, seq), dtype=torch.int64)
     if "use_cache" in names:
         inputs["use_cache"] = False
+    if any(map(_has_trl_head, model.modules())):
+        inputs[_TRL_HEAD] = True
     return inputs
+
+
+def _has_trl_head(module: nn.Module) -> bool:
+    """Whether TRL's trainers have put their head into a model's `forward`, which wraps that of the class.
+
+    Without being asked for its own loss it would call the `forward` that it found, which is that of the original even
+    in a copy.
+    """
+    forward = module.__dict__.get("forward")
+    return forward is not None and _TRL_HEAD in inspect.signature(forward, follow_wrapped=False).parameters
 
 
 def _main_input(name: str, config: Any, batch: int, seq: int) -> torch.Tensor:

@@ -107,8 +107,13 @@ def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) 
     dtypes stream as they are.
 
     Raises:
-        UnsupportedModelError: trainable weights in another dtype (fp16, quantized).
+        UnsupportedModelError: trainable weights in another dtype (fp16), or a quantized weight.
     """
+    if type(param) is not nn.Parameter:
+        raise UnsupportedModelError(
+            f"{name} is a {type(param).__name__}, of which only the data would stream (a quantized weight has more); "
+            "load the model without quantization, in bfloat16"
+        )
     trainable = param.requires_grad
     if param.dtype == torch.bfloat16:
         return ParamSpec(name, tuple(param.shape), torch.bfloat16, torch.bfloat16, trainable, trainable)

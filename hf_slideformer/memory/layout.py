@@ -46,6 +46,11 @@ class ParamSpec:
             numel *= size
         return numel
 
+    @property
+    def joined_on_save(self) -> bool:
+        """Whether the weight came in as fp32 and is live as the bf16 half of a split master."""
+        return self.split and self.source_dtype == torch.float32
+
 
 @dataclass(frozen=True, slots=True)
 class MomentPart:

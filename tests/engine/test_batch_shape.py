@@ -114,3 +114,59 @@ def test_a_dataset_with_random_numbers_of_its_own_is_not_read(generator):
             raise AssertionError("this draws a number that training was to draw")
 
     assert _find(Augmented()).seq_len == DEFAULT_SEQ_LEN
+
+
+# -- samples that only the collator knows --------------------------------------------------------------------------
+
+
+def _pairs(samples):
+    """Each sample becomes two sequences, as pairs of preferences do."""
+    return {"input_ids": torch.ones(2 * len(samples), max(sample["length"] for sample in samples))}
+
+
+class _Columns(list):
+    column_names = ("length",)
+
+
+def test_the_collator_is_asked_where_samples_have_no_tokens():
+    dataset = [{"length": size} for size in (3, 19, 7)]
+    shape = find_batch_shape(dataset, batch_size=4, seq_len=None, max_positions=None, collate=_pairs)
+    assert (shape.batch_size, shape.seq_len) == (8, 19)
+    assert "19 tokens, from 3 of 3 samples" in shape.source
+
+
+def test_rows_of_a_sample_count_where_the_user_says_the_length():
+    dataset = _Columns({"length": size} for size in (3, 19, 7))
+    shape = find_batch_shape(dataset, batch_size=4, seq_len=50, max_positions=None, collate=_pairs)
+    assert (shape.batch_size, shape.seq_len) == (8, 50)
+
+
+def test_the_collator_is_not_asked_where_samples_have_tokens():
+    def collate(samples):
+        raise AssertionError("not needed")
+
+    dataset = [{"input_ids": [1] * 5}]
+    shape = find_batch_shape(dataset, batch_size=4, seq_len=None, max_positions=None, collate=collate)
+    assert (shape.batch_size, shape.seq_len) == (4, 5)
+
+
+def test_a_collator_with_a_generator_of_its_own_is_left_alone():
+    class Collator:
+        def __init__(self):
+            self.generator = torch.Generator()
+
+        def __call__(self, samples):
+            raise AssertionError("would draw from it")
+
+    shape = find_batch_shape(
+        [{"length": 5}], batch_size=4, seq_len=None, max_positions=None, collate=Collator()
+    )
+    assert (shape.batch_size, shape.seq_len) == (4, DEFAULT_SEQ_LEN)
+
+
+def test_a_collator_that_fails_fails_in_training_not_here():
+    def collate(samples):
+        raise ValueError("no such column")
+
+    shape = find_batch_shape([{"length": 5}], batch_size=4, seq_len=None, max_positions=None, collate=collate)
+    assert (shape.batch_size, shape.seq_len) == (4, DEFAULT_SEQ_LEN)

@@ -63,7 +63,7 @@ def train(
     """Train ``model`` in place.
 
     Args:
-        model: a causal language model in fp32 or bf16, on the CPU; its parameters become bf16.
+        model: a causal language model in fp32 or bf16, on the CPU; its parameters become bf16, frozen ones too.
         steps: per optimizer step its micro-batches.
         learning_rates: per optimizer step the learning rate.
         max_grad_norm: clip to this norm; 0 does not clip.
@@ -74,7 +74,11 @@ def train(
     """
     model.train()
     model.config.use_cache = False
-    parameters = dict(model.named_parameters())  # registration order, each tied parameter once
+    # Registration order, each tied parameter once.
+    parameters = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data, _ = reference.split_master(parameter.detach().float())
     update = {"fp32": reference.adamw_split_, "8bit": reference.adamw_split_8bit_}[optimizer_states]
     residuals, moments = {}, {}
     for name, parameter in parameters.items():

@@ -29,7 +29,7 @@ ARGS = dict(
 )
 
 
-def _run_reference(
+def run_reference(
     case: Case,
     model: torch.nn.Module,
     *,
@@ -72,7 +72,7 @@ def _run_reference(
     )
 
 
-def _residuals(trainer: Trainer) -> dict[str, torch.Tensor]:
+def residuals_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Name -> low half of each parameter's master, out of the optimizer's state."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -93,7 +93,7 @@ def _assert_bits_of_reference(
     """
     model_factory = model_factory or case.build_model
     slide_config = slide_config or SlideConfig()
-    expected = _run_reference(
+    expected = run_reference(
         case, model_factory(), optimizer_states=slide_config.optimizer_states, **overrides
     )
 
@@ -113,7 +113,7 @@ def _assert_bits_of_reference(
     # Logged as fp32 or as float64, that is left open: nothing but the log depends on it.
     assert harness.relative_difference(actual.grad_norms, expected.grad_norms) < 1e-6
     harness.assert_same_tensors(expected.weights, {name: actual.weights[name] for name in expected.weights})
-    harness.assert_same_tensors(expected.residuals, _residuals(trainer))
+    harness.assert_same_tensors(expected.residuals, residuals_of(trainer))
 
     trainer.save_model(str(output_dir / "final"))
     # Loaded rather than read: mixtral's experts are stored one by one, under other names.
@@ -178,11 +178,11 @@ def test_bits_of_reference_8bit(tmp_path, name):
 def test_low_halves_of_fp32_weights_matter(tmp_path):
     # The same model started from its bf16 rounding must end elsewhere; otherwise `from_fp32` proves nothing.
     case = Case("llama", args=ARGS)
-    exact = _run_reference(case, case.build_model())
+    exact = run_reference(case, case.build_model())
     rounded_model = case.build_model()
     for parameter in rounded_model.parameters():
         parameter.data = reference.split_master(parameter.data)[0].float()
-    rounded = _run_reference(case, rounded_model)
+    rounded = run_reference(case, rounded_model)
     assert any(not torch.equal(exact.masters[name], rounded.masters[name]) for name in exact.masters)
     assert exact.losses != rounded.losses
 
@@ -218,7 +218,7 @@ def test_many_small_steps_add_up_in_the_weights(tmp_path):
     def moved(result: reference_loop.ReferenceResult) -> int:
         return sum((weight != 1.0).sum().item() for name, weight in result.weights.items() if "norm" in name)
 
-    without_residual = _run_reference(case, _with_unit_norms(case), keep_residual=False)
+    without_residual = run_reference(case, _with_unit_norms(case), keep_residual=False)
     assert moved(without_residual) == 0
     expected, _ = _assert_bits_of_reference(case, tmp_path, model_factory=lambda: _with_unit_norms(case))
     assert moved(expected) > 20
