@@ -268,6 +268,7 @@ class CheckpointMixin(_Trainer):
         Raises:
             CheckpointError: the checkpoint is not whole, is damaged, of a newer format or of another model.
         """
+        self._finish_save()
         path = Path(resume_from_checkpoint)
         if not SavedCheckpoint.exists(path):
             if SavedOptimizer.exists(path):
@@ -289,6 +290,7 @@ class CheckpointMixin(_Trainer):
 
     def _load_best_model(self) -> None:
         """As in Trainer; files are checked."""
+        self._finish_save()
         path = Path(self.state.best_model_checkpoint)
         if SavedCheckpoint.exists(path):
             checkpoint = SavedCheckpoint(path, self._files)

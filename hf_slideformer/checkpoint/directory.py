@@ -38,7 +38,7 @@ def clean_up(directory: Path, files: FileOps, names: re.Pattern[str] = _CHECKPOI
         files: the file layer.
         names: of checkpoints.
     """
-    if not directory.is_dir():
+    if not directory.is_dir() or not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         return
     for path in sorted(directory.iterdir()):
         prefix = next((p for p in (_WRITTEN, _REPLACED, _REMOVED) if path.name.startswith(p)), None)

@@ -4,8 +4,9 @@
 
 One process imports everything once and forks a child for each attempt. Writing, syncing and removing are slowed down,
 so that a good part of the kills falls into them, while training stands still and while it goes on. After each kill
-every visible checkpoint must be whole, none that was there may be missing without a newer one, and hidden leftovers must
-not pile up. A run that came to its end, killed as often as it was, must have the bits of the run that never stopped.
+every visible checkpoint must be whole, none that was there may be missing without a newer one, and hidden leftovers
+must not pile up. A run that came to its end, killed as often as it was, must have the bits of the run that never
+stopped.
 """
 
 from __future__ import annotations

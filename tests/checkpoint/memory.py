@@ -1,9 +1,11 @@
 """Peak RAM of saving and of resuming a model of a few hundred million bytes, in a process of its own.
 
     python tests/checkpoint/memory.py save DIRECTORY
+    python tests/checkpoint/memory.py save-experts DIRECTORY
     python tests/checkpoint/memory.py resume DIRECTORY
 
-Prints JSON: bytes of the state, of the largest unit and its like, and by how much the peak rose.
+The experts are fused in memory and saved one by one. Prints JSON: bytes of the state, of the largest unit and its like,
+and by how much the peak rose.
 """
 
 import json
@@ -14,7 +16,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_slideformer import SlideTrainer
 
@@ -55,24 +64,22 @@ def main() -> None:
     action, directory = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(2)
     before = reset_peak()
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=64,
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"vocab_size": 512, "num_hidden_layers": 10, "max_position_embeddings": 64, **heads}
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        if action == "save-experts":
+            model = MixtralForCausalLM(
+                MixtralConfig(hidden_size=512, intermediate_size=960, num_local_experts=8, **sizes)
+            )
+        else:
+            model = LlamaForCausalLM(LlamaConfig(hidden_size=1024, intermediate_size=2816, **sizes))
     model = model.to_empty(device="cpu")
     model.init_weights()
     args = TrainingArguments(
         output_dir=str(directory),
-        max_steps=1 if action == "save" else 2,
+        max_steps=2 if action == "resume" else 1,
         per_device_train_batch_size=1,
-        save_strategy="steps" if action == "save" else "no",
+        save_strategy="no" if action == "resume" else "steps",
         save_steps=1,
         bf16=True,
         use_cpu=True,
@@ -82,7 +89,7 @@ def main() -> None:
     )
     first = _AtFirstStep()
     trainer = SlideTrainer(model=model, args=args, train_dataset=_Rows(), callbacks=[first])
-    if action == "save":
+    if action != "resume":
         save_checkpoint = trainer._save_checkpoint
         rise: list[int] = []
 
@@ -90,6 +97,7 @@ def main() -> None:
             trainer.slide.synchronize()  # the first update touches the moments for the first time
             start = reset_peak()
             save_checkpoint(*arguments)
+            trainer._finish_save()
             rise.append(peak_bytes() - start)
 
         trainer._save_checkpoint = measured

@@ -32,5 +32,8 @@ def test_peak_ram_of_saving_and_resuming(tmp_path):
     )  # a copy of the moments, or of the fp32 weights, would be over the bound
     # Stricter than what is promised, one unit and 512 MiB, so that half a GiB too much is found at this size.
     assert saving["rise"] < saving["unit"] + 128 * MIB
+    experts = run("save-experts")
+    assert experts["state"] > 1300 * MIB  # a copy of the fp32 weights would be over the bound
+    assert experts["rise"] < experts["unit"] + 128 * MIB
     resuming = run("resume")
     assert resuming["rise"] < resuming["state"] + resuming["unit"] + 256 * MIB
