@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, WandbLogModel
 
 from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.engine import engine as engine_module
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.errors import CheckpointError, DiskError
 from hf_slideformer.trainer_checkpoints import _reads_saved
@@ -76,25 +78,35 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
     blocking = _trainer(setting, tmp_path / "blocking", saving="blocking")
     blocking.train()
 
-    files, open_when = Gated(), []
+    files, enqueued, too_early = Gated(), [], []
     trainer = _trainer(setting, tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    update = SlideEngine._unit_update
+    enqueue, update = SlideEngine._unit_update, engine_module.update_unit
 
     def unit_update(engine, unit, *args, **kwargs):
+        result = enqueue(engine, unit, *args, **kwargs)
         # Forward is over (and backward, where updates are deferred), and nothing has been written yet.
         if not files.gate.is_set():
             pending = trainer._pending_save
-            open_when.append((trainer.state.global_step, pending.checkpoint.target.name))
+            enqueued.append((trainer.state.global_step, pending.checkpoint.target.name, unit.index))
             assert not pending.is_over and not pending.checkpoint.target.exists()
-            assert not engine._held.released(unit.index).is_complete
-        result = update(engine, unit, *args, **kwargs)
-        files.gate.set()
+            if len({index for *_, index in enqueued}) == len(engine.executor.units):
+                files.gate.set()
         return result
 
+    def update_unit(memory, grads, fp32, runs, threads):
+        held = trainer.slide.engine._held
+        first = runs[0].members[0]
+        if held is not None and not held.released(held.group_of[first.order]).is_complete:
+            too_early.append(first.name)
+        update(memory, grads, fp32, runs, threads)
+
     monkeypatch.setattr(SlideEngine, "_unit_update", unit_update)
+    monkeypatch.setattr(engine_module, "update_unit", update_unit)
     trainer.train()
-    assert open_when == [(2, "checkpoint-2")]
+    assert too_early == []
+    units = range(len(trainer.slide.engine.executor.units))
+    assert sorted(enqueued) == [(2, "checkpoint-2", index) for index in units]
     assert final_state(trainer) == final_state(blocking)
     for name in ("checkpoint-2", "checkpoint-4"):
         ours, theirs = _records(tmp_path / "overlapped" / name), _records(tmp_path / "blocking" / name)
@@ -255,6 +267,30 @@ def test_loggers_of_transformers_are_waited_for_where_they_upload():
         wandb._log_model = value
         assert _reads_saved(wandb) == reads
     assert not _reads_saved(trackio)
+
+
+def test_stale_residuals_on_disk_are_saved_as_zeros(tmp_path):
+    """Weights that were written by hand have no residual, also while the one on disk is that of other weights."""
+    trainer = _trainer(BY_NAME["state on disk"], tmp_path)
+    trainer.args.max_steps = 2
+    trainer.train()
+    engine = trainer.slide.engine
+    unit = engine.plan.decisions.on_disk[0]
+    name, param = next(
+        (name, param)
+        for name, param in trainer.model.model.layers[unit].named_parameters()
+        if param.dim() == 2
+    )
+    with torch.no_grad():
+        param.mul_(0.5)
+    trainer.state.global_step = 4
+    trainer._save_checkpoint(trainer.model, None)
+    saved = load_file(tmp_path / "checkpoint-4" / "optimizer" / f"unit-{unit:05d}.safetensors")
+    prefix = f"model.layers.{unit}."
+    assert not saved[f"{prefix}{name}.master_residual"].any()
+    assert any(saved[key].any() for key in saved if key.endswith("master_residual"))
+    weights = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert torch.equal(weights[f"{prefix}{name}"], param.float())
 
 
 def test_blocking(tmp_path):
