@@ -914,6 +914,8 @@ class SlideEngine:
     def state_in_memory(self, states: Sequence[ParamState], *, write: bool = False) -> Iterator[None]:
         """Make `residual` and `moments` of parameters of one unit tensors that can be read, wherever they live.
 
+        Residuals of weights that were written from outside are cleared first.
+
         Args:
             states: all of one unit, or none of any unit.
             write: put changes back where the state lives.
@@ -923,6 +925,7 @@ class SlideEngine:
         """
         if write:
             self._wait_held()
+        self.synchronize()
         for state in states:
             state.check_outside_write()  # of what is on disk: what this clears stays cleared there
         unit = states[0].unit if states else None
@@ -933,7 +936,6 @@ class SlideEngine:
             raise StateError(
                 "state_in_memory inside of state_in_memory; end the first block before the second"
             )
-        self.synchronize()
         loan = self._borrow_state(unit)
         assert loan is not None
         self._state_is_open = True
