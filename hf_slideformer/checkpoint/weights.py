@@ -9,7 +9,10 @@ Files, names and index are those of transformers' `save_pretrained`, which write
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +43,8 @@ WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
 
 _MAX_SHARD_BYTES = 50 * 10**9  # transformers' own default
+# Up to the number of a layer in a parameter's name.
+_LAYER = re.compile(r".*?\.\d+\.")
 # Tensors handed to `load_state_dict` at once: a call looks at every module.
 _LOAD_BYTES = CHECKPOINT_BATCH_BYTES
 
@@ -364,11 +369,14 @@ class SavedWeights:
             return False
         sources = sources_of(layout)
         if sources is None:
-            # Trainer would look for the model's own names, find none and train from other weights.
-            self._checkpoint.check_files(self._files)
-            model_class: Any = type(model)
-            computed = model_class.from_pretrained(self._checkpoint.path, dtype="auto")
-            model.load_state_dict(computed.state_dict(), strict=False)
+            try:
+                self._load_moved(model, layout)
+            except _NotMovedError:
+                # Trainer would look for the model's own names, find none and train from other weights.
+                self._checkpoint.check_files(self._files)
+                model_class: Any = type(model)
+                computed = model_class.from_pretrained(self._checkpoint.path, dtype="auto")
+                model.load_state_dict(computed.state_dict(), strict=False)
             return True
         for file in self._files:
             with self._checkpoint.explained(), TensorReader(self._checkpoint.reader(file)) as tensors:
@@ -380,3 +388,108 @@ class SavedWeights:
                         batch = {}
                 model.load_state_dict(batch, strict=False)
         return True
+
+    def _load_moved(self, model: nn.Module, layout: Mapping[str, torch.Tensor]) -> None:
+        """Load what was converted for saving: elements go back to where they came from, a layer at a time.
+
+        Raises:
+            _NotMovedError: saving does more than move elements within layers.
+        """
+        places = _Places.of(model, layout)
+        for file in self._files:
+            with self._checkpoint.explained(), TensorReader(self._checkpoint.reader(file)) as tensors:
+                for entry in tensors.entries:
+                    done = places[entry.name].put_back(entry.name, tensors.read(entry))
+                    if done:
+                        model.load_state_dict(done, strict=False)
+
+
+class _NotMovedError(Exception):
+    """What is saved is not just the live tensors' elements in other places."""
+
+
+class _Places:
+    """Where the elements of one layer's saved tensors belong in its live ones.
+
+    transformers' own conversion for saving tells: it is given the elements' numbers in place of their values.
+
+    Args:
+        model: whose tensors they are.
+        shapes: of the live tensors, by name.
+        names: of the saved ones.
+    """
+
+    def __init__(self, model: nn.Module, shapes: Mapping[str, tuple[int, ...]], names: set[str]) -> None:
+        self._model = model
+        self._shapes = shapes
+        self._left = names
+        self._numel = sum(math.prod(shape) for shape in shapes.values())
+        self._numbers: dict[str, torch.Tensor] = {}
+        self._values: torch.Tensor | None = None
+        self._filled: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: Mapping[str, torch.Tensor]) -> dict[str, _Places]:
+        """By saved name.
+
+        Raises:
+            _NotMovedError: layers are not converted one by one.
+        """
+        assert isinstance(model, PreTrainedModel)
+        live = _saved_tensors(model)
+        assert live is not None
+        by_layer: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+        for name, value in live.items():
+            match = _LAYER.match(name)
+            by_layer[match[0] if match else name].update({name: tuple(value.shape)})
+        found: dict[str, tuple[int, ...]] = {}
+        places = {}
+        for shapes in by_layer.values():
+            empty = {n: torch.empty(shape, dtype=torch.int32, device="meta") for n, shape in shapes.items()}
+            saved = {name: tuple(v.shape) for name, v in revert_weight_conversion(model, empty).items()}
+            found.update(saved)
+            places.update(dict.fromkeys(saved, cls(model, shapes, set(saved))))
+        if found != {name: tuple(value.shape) for name, value in layout.items()}:
+            raise _NotMovedError
+        return places
+
+    def put_back(self, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Take a saved tensor; with the last one of the layer, its live tensors are returned.
+
+        Raises:
+            _NotMovedError: some elements of a live tensor are not saved.
+        """
+        if self._values is None or self._filled is None:
+            self._numbers = self._number()
+            self._values = torch.empty(self._numel, dtype=value.dtype)
+            self._filled = torch.zeros(self._numel, dtype=torch.bool)
+        numbers = self._numbers.pop(name).reshape(-1)
+        if value.dtype != self._values.dtype:
+            raise _NotMovedError
+        first, count = int(numbers[0]) if numbers.numel() else 0, numbers.numel()
+        if torch.equal(numbers, torch.arange(first, first + count, dtype=numbers.dtype)):
+            self._values[first : first + count] = value.reshape(-1)
+            self._filled[first : first + count] = True
+        else:
+            self._values[numbers.long()] = value.reshape(-1)
+            self._filled[numbers.long()] = True
+        self._left.discard(name)
+        if self._left:
+            return {}
+        if not self._filled.all():
+            raise _NotMovedError
+        values, self._values, self._filled = self._values, None, None
+        ends = itertools.accumulate(math.prod(shape) for shape in self._shapes.values())
+        return {
+            name: values[end - math.prod(shape) : end].view(shape)
+            for (name, shape), end in zip(self._shapes.items(), ends, strict=True)
+        }
+
+    def _number(self) -> dict[str, torch.Tensor]:
+        dtype = torch.int32 if self._numel < 2**31 else torch.int64
+        numbered, start = {}, 0
+        for name, shape in self._shapes.items():
+            end = start + math.prod(shape)
+            numbered[name] = torch.arange(start, end, dtype=dtype).view(shape)
+            start = end
+        return revert_weight_conversion(self._model, numbered)

@@ -1,8 +1,9 @@
 """Peak RAM of saving and of resuming a model of a few hundred million bytes, in a process of its own.
 
     python tests/checkpoint/memory.py save DIRECTORY
-    python tests/checkpoint/memory.py save-experts DIRECTORY
     python tests/checkpoint/memory.py resume DIRECTORY
+    python tests/checkpoint/memory.py save-experts DIRECTORY
+    python tests/checkpoint/memory.py resume-experts DIRECTORY
 
 The experts are fused in memory and saved one by one. Prints JSON: bytes of the state, of the largest unit and its like,
 and by how much the peak rose.
@@ -62,12 +63,13 @@ class _AtFirstStep(TrainerCallback):
 def main() -> None:
     """Train a step, or resume; measure; print."""
     action, directory = sys.argv[1], Path(sys.argv[2])
+    resumes = action.startswith("resume")
     torch.set_num_threads(2)
     before = reset_peak()
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     sizes = {"vocab_size": 512, "num_hidden_layers": 10, "max_position_embeddings": 64, **heads}
     with torch.device("meta"):
-        if action == "save-experts":
+        if action.endswith("experts"):
             model = MixtralForCausalLM(
                 MixtralConfig(hidden_size=512, intermediate_size=960, num_local_experts=8, **sizes)
             )
@@ -77,9 +79,9 @@ def main() -> None:
     model.init_weights()
     args = TrainingArguments(
         output_dir=str(directory),
-        max_steps=2 if action == "resume" else 1,
+        max_steps=2 if resumes else 1,
         per_device_train_batch_size=1,
-        save_strategy="no" if action == "resume" else "steps",
+        save_strategy="no" if resumes else "steps",
         save_steps=1,
         bf16=True,
         use_cpu=True,
@@ -89,7 +91,7 @@ def main() -> None:
     )
     first = _AtFirstStep()
     trainer = SlideTrainer(model=model, args=args, train_dataset=_Rows(), callbacks=[first])
-    if action != "resume":
+    if not resumes:
         save_checkpoint = trainer._save_checkpoint
         rise: list[int] = []
 
