@@ -34,4 +34,5 @@ def test_peak_ram_of_saving_and_resuming(tmp_path, kind):
     # Stricter than what is promised, one unit and 512 MiB, so that half a GiB too much is found at this size.
     assert saving["rise"] < saving["unit"] + 128 * MIB
     resuming = run(f"resume{kind}")
+    assert resuming["weights"] < resuming["unit"] + 192 * MIB  # a copy of the weights has 490 MiB
     assert resuming["rise"] < resuming["state"] + resuming["unit"] + 256 * MIB
