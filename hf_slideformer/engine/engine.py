@@ -500,12 +500,12 @@ class SlideEngine:
         groups = self.states_by_unit()
         for state in self.states:
             state.check_outside_write()
-        units = sorted(self.executor.units, key=lambda unit: (unit.streamed, self._place_in_forward(unit)))
-        order = [len(units), *(unit.index for unit in units)]  # as `step` goes
-        if self.overlapped:  # as backward goes, what is outside in `step`
-            order = [unit.index for unit in sorted(units, key=self._place_in_forward, reverse=True)] + order[
-                :1
-            ]
+        outside = len(groups) - 1
+        units = sorted(self.executor.units, key=self._place_in_forward)
+        if self.overlapped:  # as backward goes, then `step`
+            order = [*(unit.index for unit in reversed(units)), outside]
+        else:  # as `step` goes
+            order = [outside, *(unit.index for unit in sorted(units, key=lambda unit: unit.streamed))]
         self._held = HeldState(
             groups, order, device=self.device, borrow=self._borrow_state, attach=self._memory_on_loan
         )
