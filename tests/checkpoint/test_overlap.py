@@ -1,7 +1,9 @@
 """Saving beside training: steps go on while files are written, and nothing of a later step gets into them."""
 
+import dataclasses
 import errno
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, WandbLogModel
 
+from hf_slideformer import accelerator as accelerator_module
 from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
 from hf_slideformer.engine import engine as engine_module
 from hf_slideformer.engine.engine import SlideEngine
@@ -113,6 +116,38 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
         # The trainer's state has times and paths of its own.
         assert ours.pop("trainer_state.json") and theirs.pop("trainer_state.json")
         assert len(ours) > 5 and ours == theirs
+
+
+@pytest.mark.parametrize("name", ["split masters", "overlapped updates"])
+def test_updates_of_resident_parameters_wait(tmp_path, monkeypatch, name):
+    """They are made by the main thread in `step`, or by autograd's in backward."""
+    blocking = _trainer(BY_NAME[name], tmp_path / "blocking", saving="blocking")
+    # The planner streams such small layers.
+    decisions = dataclasses.replace(blocking.slide.plan.decisions, resident=(0, 1))
+    monkeypatch.setattr(accelerator_module, "SlideEngine", partial(SlideEngine, decisions=decisions))
+    blocking.train()
+    files, waited = Gated(), []
+    trainer = _trainer(BY_NAME[name], tmp_path / "overlapped", files)
+    _close_gate_on_save(trainer, files)
+    until_read = SlideEngine._until_read
+
+    def wait(engine, state):
+        held = engine._held
+        if not files.gate.is_set():
+            assert not held.released(held.group_of[state.order]).is_complete
+            waited.append(state.name)
+            files.gate.set()
+        until_read(engine, state)
+        assert held is None or held.released(held.group_of[state.order]).is_complete
+
+    monkeypatch.setattr(SlideEngine, "_until_read", wait)
+    trainer.train()
+    assert len(waited) == 1
+    assert trainer.slide.plan.decisions.resident == (0, 1)
+    assert final_state(trainer) == final_state(blocking)
+    for step in (2, 4):
+        ours, theirs = (_records(tmp_path / run / f"checkpoint-{step}") for run in ("overlapped", "blocking"))
+        assert all(ours[file] == theirs[file] for file in ours if file.endswith(".safetensors"))
 
 
 def test_a_failed_write_ends_training_at_the_next_step(tmp_path):
