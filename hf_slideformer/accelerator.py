@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -23,16 +24,21 @@ from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 from .checkpoint import (
     OPTIMIZER_FOLDER,
     FileOps,
+    NewCheckpoint,
     SavedCheckpoint,
     SavedOptimizer,
     SavedWeights,
-    Writer,
+    TensorFiles,
+    add_live_weights,
+    clean_up,
     live_layout,
-    remove_manifest,
+    must_be_written_in_place,
+    names_of,
+    optimizer_bytes,
+    remove_checkpoint,
     save_exactly,
     save_optimizer,
-    save_weights,
-    write_manifest,
+    weight_bytes,
 )
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
@@ -322,45 +328,93 @@ class SlideAccelerator(Accelerator):
 
     # -- saving and loading everything -----------------------------------------------------------------------
 
+    _slide_files = FileOps()
     _slide_streams_weights = False
     _optimizers: list[Any]
 
     def save_state(
         self, output_dir: str | None = None, safe_serialization: bool = True, **save_model_func_kwargs: Any
     ) -> Any:
-        """As in Accelerate; weights and optimizer state are written from where they live, with checksums.
+        """As in Accelerate; a kill at any instant leaves what was there before, or the new state whole.
 
-        The optimizer's state is a folder `optimizer` (`optimizer_1`, ...) instead of a file; docs/checkpoints.md.
+        A directory that holds other files too is written in place: `load_state` refuses it until it is whole again.
+
+        Weights and optimizer state are written from where they live. The optimizer's state is a folder `optimizer`
+        (`optimizer_1`, ...) instead of a file; docs/checkpoints.md. With automatic naming, old states are removed once
+        the new one is in its place.
 
         Raises:
-            DiskError: a file cannot be written. The directory is refused by `load_state` then.
+            CheckpointError: too little space.
+            DiskError: a file cannot be written. Either way what was there is as it was.
+            ValueError: automatic naming would write over an older state.
         """
         if not self._slide_owns_everything() or not safe_serialization:
             return super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
-        writer = Writer()
-        directories: list[Path] = []
+        project = self.project_configuration
+        named = project.automatic_checkpoint_naming
+        if named:
+            target = Path(self.project_dir) / "checkpoints" / f"checkpoint_{self.save_iteration}"
+            if target.exists():
+                raise ValueError(
+                    f"Checkpoint directory {target} ({self.save_iteration}) already exists. Please manually override "
+                    "`self.save_iteration` with what iteration to start with."
+                )
+        else:
+            assert output_dir is not None, "Accelerate wants a directory too"
+            target = Path(output_dir).resolve()
+        checkpoint = NewCheckpoint(
+            target,
+            self._slide_files,
+            self._slide_state_bytes(),
+            _STATE if named else names_of(target),
+            in_place=must_be_written_in_place(target),
+        )
+        iteration = project.iteration
+        try:
+            project.automatic_checkpoint_naming = False  # it would choose another place
+            with self._slide_writes_into(checkpoint), self._slide_state_is_ours():
+                super().save_state(str(checkpoint.path), safe_serialization, **save_model_func_kwargs)
+            checkpoint.finish()
+        except BaseException:
+            project.iteration = iteration
+            checkpoint.abandon()
+            raise
+        finally:
+            project.automatic_checkpoint_naming = named
+        if named and project.total_limit is not None:
+            for old in _states_in(target.parent)[: -max(1, project.total_limit)]:
+                remove_checkpoint(old, self._slide_files)
+        return target if named else Path(output_dir or "")
+
+    @contextlib.contextmanager
+    def _slide_writes_into(self, checkpoint: NewCheckpoint) -> Iterator[None]:
+        """Models and optimizers are written with `checkpoint` when Accelerate has made the list of both."""
+        optimizers = self._optimizers
 
         def save(models: list, weights: list, directory: str) -> None:
             weights.clear()
-            directories.append(Path(directory))
-            remove_manifest(Path(directory), writer)
             for index, model in enumerate(models):
                 engine = engine_of(model)
                 assert engine is not None
-                save_weights(model, engine, Path(directory) / f"model{_ending(index)}.safetensors", writer)
-            for index, optimizer in enumerate(optimizers):
-                engine = self._slide_engine_of(optimizer.optimizer)
-                folder = Path(directory) / f"{OPTIMIZER_FOLDER}{_ending(index)}"
-                save_optimizer(engine, optimizer.optimizer, folder, writer)
+                tensors = TensorFiles(engine.hold())
+                checkpoint.tensors.append(tensors)
+                add_live_weights(model, checkpoint.path / f"model{_ending(index)}.safetensors", tensors)
+                for number, optimizer in enumerate(optimizers):
+                    if self._slide_engine_of(optimizer.optimizer) is engine:
+                        folder = checkpoint.path / f"{OPTIMIZER_FOLDER}{_ending(number)}"
+                        save_optimizer(engine, optimizer.optimizer, folder, tensors, checkpoint.writer)
 
         hook = self.register_save_state_pre_hook(save)
-        with self._slide_state_is_ours() as optimizers:
-            try:
-                result = super().save_state(output_dir, safe_serialization, **save_model_func_kwargs)
-            finally:
-                hook.remove()
-        write_manifest(directories[0], writer)
-        return result
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _slide_state_bytes(self) -> int:
+        """Bytes of the tensors of all models and optimizers."""
+        optimizers = [optimizer.optimizer for optimizer in self._optimizers]
+        weights = sum(weight_bytes(engine) for model in self._models if (engine := engine_of(model)))
+        return weights + sum(optimizer_bytes(self._slide_engine_of(one), one) for one in optimizers)
 
     def load_state(
         self, input_dir: str | None = None, load_kwargs: dict | None = None, **load_model_func_kwargs: Any
@@ -373,6 +427,16 @@ class SlideAccelerator(Accelerator):
         if not self._slide_owns_everything():
             super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
             return
+        if input_dir is not None:
+            target = Path(input_dir).expanduser().resolve()
+            clean_up(target.parent, self._slide_files, names_of(target))
+        elif self.project_configuration.automatic_checkpoint_naming:
+            base = Path(self.project_dir) / "checkpoints"
+            clean_up(base, self._slide_files, _STATE)
+            states = _states_in(base)
+            if not states:
+                raise CheckpointError(f"there is no saved state in {base}; name one: load_state(input_dir)")
+            input_dir = str(states[-1])
 
         def load(models: list, directory: str) -> None:
             path = Path(directory)
@@ -383,7 +447,7 @@ class SlideAccelerator(Accelerator):
                     )
                 self._optimizers.extend(optimizers)  # Accelerate has taken this list already
                 return
-            saved = SavedCheckpoint(path, FileOps())
+            saved = SavedCheckpoint(path, self._slide_files)
             saved.check_files(name for name in saved.records if not name.endswith(".safetensors"))
             weights = [
                 SavedWeights(saved, [f"model{_ending(index)}.safetensors"]) for index in range(len(models))
@@ -433,6 +497,17 @@ class SlideAccelerator(Accelerator):
         finally:
             self._optimizers = optimizers
             self._slide_streams_weights = False
+
+
+# What Accelerate's automatic naming makes.
+_STATE = re.compile(r"checkpoint_(\d+)")
+
+
+def _states_in(directory: Path) -> list[Path]:
+    """States that were saved under automatic names, oldest first."""
+    paths = directory.iterdir() if directory.is_dir() else ()
+    found = [(int(match[1]), path) for path in paths if (match := _STATE.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def _ending(index: int) -> str:

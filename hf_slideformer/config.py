@@ -27,6 +27,7 @@ _CHOICES = {
     "update": ("auto", "deferred", "overlapped"),
     "accumulation": ("auto", "vertical", "horizontal"),
     "loss": ("auto", "fused", "model"),
+    "saving": ("overlapped", "blocking"),
 }
 
 # Accepted names whose mechanism has not landed: refused with the way out rather than ignored.
@@ -102,6 +103,8 @@ class SlideConfig:
         accumulation: order of micro-batches; "auto" means "horizontal".
         loss: "fused" computes the head and the cross-entropy together and never holds all logits; "model" leaves them
             to the model's code; "auto" means "fused" on a GPU.
+        saving: "overlapped" writes a checkpoint's tensors beside the next steps, whose updates wait for them;
+            "blocking" stops training until all is on the disk, for code that writes weights between steps unannounced.
         seq_len: tokens of the longest sequence, which the plan counts on; None finds it by reading samples of the
             training data.
         cpu_threads: threads of the CPU update; None sizes them to the machine.
@@ -122,6 +125,7 @@ class SlideConfig:
     update: str = "auto"
     accumulation: str = "auto"
     loss: str = "auto"
+    saving: str = "overlapped"
     seq_len: int | None = None
     cpu_threads: int | None = None
     trace_steps: int = 0

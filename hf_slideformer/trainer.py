@@ -30,7 +30,7 @@ from .engine.follow import follow
 from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
-from .errors import ConfigError, StateError, UnsupportedModelError
+from .errors import ConfigError, SlideFormerError, StateError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
 from .planner.plan import Plan
@@ -73,13 +73,22 @@ class SlideStatus:
         return engine.metrics if engine is not None else None
 
     def synchronize(self) -> None:
-        """Block until every update is done, so that weights can be read by hand."""
+        """Block until every update is done and what is being saved is, so that weights can be read or written by hand.
+
+        Raises:
+            TransferError: an update failed; the cause is chained.
+            CheckpointError, DiskError: the checkpoint that was being written could not be.
+        """
+        self._trainer._finish_save()
         engine = self.engine
         if engine is not None:
             engine.synchronize()
 
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
-        """Call after writing weights through `p.data`, with the parameters written; other writes are noticed."""
+        """Call after writing weights through `p.data`, with the parameters written; other writes are noticed.
+
+        Call `synchronize` before writing: a checkpoint that is being written would get some of them.
+        """
         engine = self.engine
         if engine is not None:
             engine.weights_changed(parameters)
@@ -279,6 +288,13 @@ class SlideTrainerMixin(CheckpointMixin):
             self.args.liger_kernel_config = self._liger_config() or given
         try:
             result = super().train(*args, **kwargs)
+        except BaseException as error:
+            # A checkpoint of an earlier step is worth as much as ever; its own failure would hide what happened.
+            try:
+                self._finish_save()
+            except SlideFormerError as of_saving:
+                error.add_note(f"A checkpoint could not be written either: {of_saving}")
+            raise
         finally:
             self.args.liger_kernel_config = given
         self.slide.synchronize()
@@ -316,7 +332,7 @@ class SlideTrainer(SlideTrainerMixin, Trainer):
 
 
 class _DrainBeforeForeignCallbacks(TrainerCallback):
-    """Waits for pending updates before callbacks that are not transformers' own: some read weights."""
+    """Waits for updates and saves before callbacks that are not transformers' own: some read or write weights."""
 
     def __init__(self, trainer: SlideTrainerMixin) -> None:
         self._trainer = trainer

@@ -2,6 +2,10 @@
 
 Trainer's own code decides when a checkpoint is written and what is in it. It is led into a hidden directory that takes
 its place once it is whole, optimizer state and weights are written from where they live, and what is read is checked.
+
+Between a step and the next only small files are written. Tensors follow in a thread beside the next steps, whose
+updates wait for them (`engine/held.py`). Whoever may look at the checkpoint, or change what it is of, waits until it is
+in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training.
 """
 
 from __future__ import annotations
@@ -10,33 +14,37 @@ import contextlib
 import logging
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from .checkpoint import (
     OPTIMIZER_FOLDER,
+    BackgroundSave,
     FileOps,
     NewCheckpoint,
     SavedCheckpoint,
     SavedOptimizer,
     SavedWeights,
     SavePretrained,
+    TensorFiles,
     clean_up,
     joined_state_dict,
-    new_checkpoint,
     optimizer_bytes,
     remove_checkpoint,
     save_optimizer,
     saved_layout,
     set_saved_dtype,
+    weight_bytes,
 )
+from .config import SlideConfig
 from .errors import CheckpointError, SlideFormerError
 from .optim import SlideAdamW
 
@@ -51,9 +59,11 @@ class CheckpointMixin(_Trainer):
 
     # SlideTrainerMixin's
     slide: Any
+    _slide_config: SlideConfig
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed run left of checkpoints in the output directory."""
+        self._finish_save()
         if self.args.should_save:
             clean_up(Path(self.args.output_dir), self._files)
 
@@ -62,19 +72,61 @@ class CheckpointMixin(_Trainer):
     _files = FileOps()
     _new_checkpoint: NewCheckpoint | None = None
     _push_is_due = False
+    # Whether the save that comes may go on beside training, and the one that does; the best checkpoint before it.
+    _may_overlap = False
+    _pending_save: BackgroundSave | None = None
+    _best_before_save: str | None = None
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; here, and nowhere else, a save may go on beside what follows."""
+        self._may_overlap = (
+            self._slide_config.saving == "overlapped"
+            and not self.args.push_to_hub
+            and not any(_reads_saved(callback) for callback in self.callback_handler.callbacks)
+        )
+        try:
+            return super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._may_overlap = False
+
+    def _finish_save(self) -> None:
+        """Wait until the checkpoint that is being written is in its place.
+
+        Raises:
+            CheckpointError, DiskError, TransferError: it could not be written; as from `_save_checkpoint`.
+        """
+        if self._pending_save is None:
+            return
+        save, self._pending_save = self._pending_save, None
+        error = save.wait()
+        if error is None:
+            return
+        if not save.is_in_place:
+            self.state.best_model_checkpoint = self._best_before_save
+        explained = self._explained(save.checkpoint.target, error)
+        raise explained from (None if explained is error else error)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in Trainer, unless a checkpoint could not be written meanwhile."""
+        if self._pending_save is not None and self._pending_save.is_over:
+            self._finish_save()
+        return super().training_step(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in Trainer, in the dtypes that the weights came in."""
         engine = self.slide.engine
         joined = None
+        if self._new_checkpoint is None:
+            self._finish_save()
         if engine is not None:
             engine.synchronize()
             if state_dict is None and not isinstance(self.model, PreTrainedModel):
                 joined = joined_state_dict(self.model, engine)
         save = getattr(self.model, "save_pretrained", None)
         with contextlib.ExitStack() as stack:
-            if self._new_checkpoint is not None and isinstance(save, SavePretrained):
-                stack.enter_context(save.writing_with(self._new_checkpoint.writer))
+            new = self._new_checkpoint
+            if new is not None and isinstance(save, SavePretrained):
+                stack.enter_context(save.writing_into(new.tensors[0], new.writer))
             super()._save(output_dir, state_dict=state_dict if joined is None else joined)
         if joined is not None:
             set_saved_dtype(Path(output_dir or self.args.output_dir), torch.float32)
@@ -90,13 +142,19 @@ class CheckpointMixin(_Trainer):
 
         Raises:
             CheckpointError: too little space, or a file that transformers writes could not be written.
-            DiskError: a write failed. Either way nothing of the new checkpoint is left, and the others are whole.
+            DiskError: a write failed. Either way nothing of the new checkpoint is left, and the others are whole. If
+                it was to go on beside training, `_finish_save` raises what happens then.
         """
+        self._finish_save()
         run_dir = Path(self._get_output_dir(trial))
         target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        best = self.state.best_model_checkpoint
+        best = self._best_before_save = self.state.best_model_checkpoint
+        engine = self.slide.engine
         try:
-            with new_checkpoint(target, self._files, self._checkpoint_bytes()) as checkpoint:
+            checkpoint = NewCheckpoint(target, self._files, self._checkpoint_bytes())
+            try:
+                if engine is not None:
+                    checkpoint.tensors.append(TensorFiles(engine.hold()))
                 self._new_checkpoint = checkpoint
                 try:
                     super()._save_checkpoint(model, trial)
@@ -105,19 +163,34 @@ class CheckpointMixin(_Trainer):
                 # Trainer has looked for the best checkpoint, and put the state, where this one is written.
                 self.state.best_model_checkpoint = self._best_checkpoint(run_dir, best)
                 self.state.save_to_json(str(checkpoint.path / TRAINER_STATE_NAME))
+            except BaseException:
+                checkpoint.abandon()
+                raise
+            rotate = partial(self._rotate, run_dir, self.state.best_model_checkpoint)
+            if self._may_overlap:
+                self._pending_save = BackgroundSave(checkpoint, rotate)
+                return
+            checkpoint.finish()
         except BaseException as error:
             self.state.best_model_checkpoint = best
             self._push_is_due = False
-            if not _is_about_files(error):
+            explained = self._explained(target, error)
+            if explained is error:
                 raise
-            raise CheckpointError(
-                f"{target} could not be written ({error}); {self._free_space(run_dir)}; nothing of it is left, and "
-                "earlier checkpoints are as they were"
-            ) from error
-        self._rotate(run_dir)
+            raise explained from error
+        rotate()
         if self._push_is_due:
             self._push_is_due = False
             super()._push_from_checkpoint(str(target))
+
+    def _explained(self, target: Path, error: BaseException) -> BaseException:
+        """The error to raise for one that came up while `target` was written."""
+        if not _is_about_files(error):
+            return error
+        return CheckpointError(
+            f"{target} could not be written ({error}); {self._free_space(target.parent)}; nothing of it is left, and "
+            "earlier checkpoints are as they were"
+        )
 
     def _free_space(self, directory: Path) -> str:
         try:
@@ -148,24 +221,18 @@ class CheckpointMixin(_Trainer):
         if engine is None:
             return 0
         # Of a model with adapters only those are saved.
-        everything = isinstance(self.model, PreTrainedModel)
-        weights = sum(
-            state.spec.numel * state.spec.source_dtype.itemsize
-            for state in engine.states
-            if everything or state.spec.trainable
-        )
+        weights = weight_bytes(engine, trainable_only=not isinstance(self.model, PreTrainedModel))
         optimizer = _slide_optimizer(self.optimizer)
         if self.args.save_only_model or optimizer is None:
             return weights
         return weights + optimizer_bytes(engine, optimizer)
 
-    def _rotate(self, run_dir: Path) -> None:
+    def _rotate(self, run_dir: Path, best: str | None) -> None:
         """Remove checkpoints beyond `save_total_limit`: by Trainer's rule, but each at once."""
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
         checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
-        best = self.state.best_model_checkpoint
         kept = {*checkpoints[-1:], *([str(Path(best))] if best is not None else [])}
         surplus = len(checkpoints) - max(limit, len(kept))
         for checkpoint in [path for path in checkpoints if path not in kept][: max(0, surplus)]:
@@ -173,6 +240,7 @@ class CheckpointMixin(_Trainer):
 
     def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; checkpoints that it would remove here are removed at once."""
+        self._finish_save()
         best = self.state.best_model_checkpoint
         if best is not None and self.args.save_total_limit == 1 and os.path.isdir(best):
             for checkpoint in sort_checkpoints(self._get_output_dir(trial)):
@@ -186,8 +254,9 @@ class CheckpointMixin(_Trainer):
         if engine is None or optimizer is None or self._new_checkpoint is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        writer = self._new_checkpoint.writer
-        save_optimizer(engine, optimizer, Path(output_dir) / OPTIMIZER_FOLDER, writer)
+        new = self._new_checkpoint
+        folder = Path(output_dir) / OPTIMIZER_FOLDER
+        save_optimizer(engine, optimizer, folder, new.tensors[0], new.writer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers that remind one to save the optimizer too
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -200,6 +269,7 @@ class CheckpointMixin(_Trainer):
         Raises:
             CheckpointError: the checkpoint is not whole, is damaged, of a newer format or of another model.
         """
+        self._finish_save()
         path = Path(resume_from_checkpoint)
         if not SavedCheckpoint.exists(path):
             if SavedOptimizer.exists(path):
@@ -221,6 +291,7 @@ class CheckpointMixin(_Trainer):
 
     def _load_best_model(self) -> None:
         """As in Trainer; files are checked."""
+        self._finish_save()
         path = Path(self.state.best_model_checkpoint)
         if SavedCheckpoint.exists(path):
             checkpoint = SavedCheckpoint(path, self._files)
@@ -266,6 +337,21 @@ def _slide_optimizer(optimizer: Any) -> SlideAdamW | None:
     """The optimizer behind Accelerate's wrapper, if it is ours."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, SlideAdamW) else None
+
+
+# Loggers of transformers that do nothing with a checkpoint unless they are asked to, and what says so.
+_UPLOADS = {"TrackioCallback": None, "WandbCallback": "_log_model", "MLflowCallback": "_log_artifacts"}
+
+
+def _reads_saved(callback: TrainerCallback) -> bool:
+    """Whether a callback may look for the checkpoint in `on_save`."""
+    kind = type(callback)
+    if kind.on_save is TrainerCallback.on_save or kind.__module__.startswith("hf_slideformer."):
+        return False
+    if not kind.__module__.startswith("transformers.") or kind.__name__ not in _UPLOADS:
+        return True
+    flag = getattr(callback, _UPLOADS[kind.__name__] or "", False)
+    return bool(getattr(flag, "is_enabled", flag))
 
 
 def _is_about_files(error: BaseException) -> bool:

@@ -1,29 +1,32 @@
 """Checkpoints: whole or not there, checked, and written and read a unit at a time; docs/checkpoints.md."""
 
+from .background import BackgroundSave
 from .directory import (
     NewCheckpoint,
     SavedCheckpoint,
     check_free_space,
     clean_up,
-    new_checkpoint,
+    must_be_written_in_place,
+    names_of,
     remove_checkpoint,
-    remove_manifest,
-    write_manifest,
 )
 from .files import FileOps, Writer
 from .optimizer import OPTIMIZER_FOLDER, SavedOptimizer, optimizer_bytes, save_optimizer
+from .tensors import TensorFiles
 from .weights import (
     SavedWeights,
     SavePretrained,
+    add_live_weights,
     joined_state_dict,
     live_layout,
     save_exactly,
-    save_weights,
     saved_layout,
     set_saved_dtype,
+    weight_bytes,
 )
 
 __all__ = [
+    "BackgroundSave",
     "OPTIMIZER_FOLDER",
     "FileOps",
     "NewCheckpoint",
@@ -31,19 +34,20 @@ __all__ = [
     "SavedCheckpoint",
     "SavedOptimizer",
     "SavedWeights",
+    "TensorFiles",
     "Writer",
+    "add_live_weights",
     "check_free_space",
     "clean_up",
     "joined_state_dict",
     "live_layout",
-    "new_checkpoint",
+    "must_be_written_in_place",
+    "names_of",
     "optimizer_bytes",
     "remove_checkpoint",
-    "remove_manifest",
     "save_exactly",
     "save_optimizer",
-    "save_weights",
     "saved_layout",
     "set_saved_dtype",
-    "write_manifest",
+    "weight_bytes",
 ]

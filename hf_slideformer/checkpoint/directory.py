@@ -16,30 +16,66 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .files import FileOps, FileRecord, Reader, Writer, check_size, gib
+from .tensors import TensorFiles
 
 MANIFEST_FILE = "slideformer_checkpoint.json"
 FORMAT_VERSION = 1
 
 # What reading a damaged manifest raises.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError)
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# As Trainer names them, and Accelerate.
+_CHECKPOINT = re.compile(r"checkpoint[-_](\d+)")
 _WRITTEN, _REPLACED, _REMOVED = ".tmp-", ".replaced-", ".delete-"
 # The manifest's own bytes, directories, and the small files whose size is not known before they are written.
 _SLACK_BYTES = 64 * 2**20
 
 
-def clean_up(directory: Path, files: FileOps) -> None:
-    """Remove what saves and removals of a killed run left in `directory`, and undo a replacement that was cut off."""
-    if not directory.is_dir():
+def clean_up(directory: Path, files: FileOps, names: re.Pattern[str] = _CHECKPOINT) -> None:
+    """Remove what saves and removals of a killed run left in `directory`, and undo a replacement that was cut off.
+
+    Args:
+        directory: where checkpoints are.
+        files: the file layer.
+        names: of checkpoints.
+    """
+    if not directory.is_dir() or not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
         return
     for path in sorted(directory.iterdir()):
-        prefix, _, name = path.name.partition("checkpoint-")
-        if not name.isdecimal() or not path.is_dir():
+        prefix = next((p for p in (_WRITTEN, _REPLACED, _REMOVED) if path.name.startswith(p)), None)
+        if prefix is None or not path.is_dir():
             continue
-        if prefix == _REPLACED and not (directory / f"checkpoint-{name}").exists():
-            Writer(files).rename(path, directory / f"checkpoint-{name}")
-        elif prefix in (_WRITTEN, _REPLACED, _REMOVED):
+        target = path.with_name(path.name.removeprefix(prefix))
+        if not names.fullmatch(target.name):
+            continue
+        if prefix == _REPLACED and not target.exists():
+            Writer(files).rename(path, target)
+        else:
             files.remove_tree(path)
+
+
+def names_of(target: Path) -> re.Pattern[str]:
+    """The name of one checkpoint, for `clean_up` and `NewCheckpoint`."""
+    return re.compile(re.escape(target.name))
+
+
+def must_be_written_in_place(directory: Path) -> bool:
+    """Whether a directory cannot be replaced by a new one: it holds other files too, or is in use as a directory."""
+    if not directory.exists():
+        return False
+    if (
+        os.path.ismount(directory)
+        or Path.cwd().is_relative_to(directory)
+        or not os.access(directory.parent, os.W_OK | os.X_OK)
+    ):
+        return True
+    found = {path.relative_to(directory).as_posix() for path in _files_under(directory)}
+    if not found:
+        return False
+    try:
+        _, records = _parse_manifest(directory)
+    except (OSError, *_MALFORMED):
+        return True
+    return not found <= records.keys()
 
 
 def remove_checkpoint(path: Path, files: FileOps) -> None:
@@ -68,26 +104,93 @@ def check_free_space(directory: Path, needed_bytes: int, files: FileOps) -> None
 
 
 class NewCheckpoint:
-    """A checkpoint that is being written.
+    """A checkpoint that is being written: whole or not there; what is there already stays until then.
+
+    Small files are written to `path` at once, tensors by `finish`, perhaps in another thread. Whoever makes one calls
+    `finish` or `abandon`.
+
+    Args:
+        target: its final path, named `checkpoint-STEP` or as `names` say.
+        files: the file layer.
+        needed_bytes: how large it will be, about.
+        names: of the checkpoints beside it.
+        in_place: write into the directory itself, which is refused by whoever reads it until it is whole again.
 
     Attributes:
         path: where its files are to be written now.
-        target: where they will be.
+        outer: the hidden directory around it.
         writer: writes and remembers files.
+        tensors: what is written by `finish`, for each model.
+
+    Raises:
+        CheckpointError: too little space; nothing was written.
+        OSError: the directory cannot be made.
     """
 
-    def __init__(self, target: Path, files: FileOps) -> None:
+    def __init__(
+        self,
+        target: Path,
+        files: FileOps,
+        needed_bytes: int,
+        names: re.Pattern[str] = _CHECKPOINT,
+        *,
+        in_place: bool = False,
+    ) -> None:
         self.target = target.absolute()
         self.outer = self.target.with_name(_WRITTEN + target.name)
         self.path = self.outer / target.name
         self.writer = Writer(files)
+        self.tensors: list[TensorFiles] = []
+        self._names = names
+        clean_up(self.target.parent, files, names)
+        self._in_place = in_place
+        if in_place:
+            self.outer = self.path = self.target
+        check_free_space(self.target.parent, needed_bytes, files)
+        try:
+            files.make_directory(self.path)
+            if in_place:
+                _remove_manifest(self.path, self.writer)
+        except BaseException:
+            self.abandon()
+            raise
 
-    def commit(self) -> None:
-        """Put the checkpoint into its place."""
+    def request(self) -> None:
+        """Before training goes on: ask for the state that is on disk."""
+        for tensors in self.tensors:
+            tensors.request()
+
+    def finish(self) -> None:
+        """Write the tensors and put the checkpoint into its place.
+
+        Raises:
+            DiskError: a write failed; what had been written is removed.
+            CheckpointError: see `TensorFiles.write`; likewise.
+        """
+        try:
+            for tensors in self.tensors:
+                tensors.write(self.writer)
+            self._commit()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Remove what was written, and let training go on."""
+        for tensors in self.tensors:
+            tensors.held.release_all()
+        if self._in_place:
+            return
+        self.writer.files.remove_tree(self.outer)
+        clean_up(self.target.parent, self.writer.files, self._names)
+
+    def _commit(self) -> None:
         writer, parent = self.writer, self.target.parent
         sync_tree(self.path, writer)
         write_manifest(self.path, writer)
         sync_directories(self.path, writer)
+        if self._in_place:
+            return
         replaced = self.target.with_name(_REPLACED + self.target.name)
         if self.target.exists():
             writer.files.remove_tree(replaced)
@@ -96,32 +199,6 @@ class NewCheckpoint:
         writer.sync(parent)
         writer.files.remove_tree(self.outer)
         writer.files.remove_tree(replaced)
-
-
-@contextlib.contextmanager
-def new_checkpoint(target: Path, files: FileOps, needed_bytes: int) -> Iterator[NewCheckpoint]:
-    """Write a checkpoint directory so that it is whole or not there; what is there already stays until then.
-
-    Args:
-        target: its final path, named `checkpoint-STEP`.
-        files: the file layer.
-        needed_bytes: how large it will be, about.
-
-    Raises:
-        CheckpointError: too little space; nothing was written.
-        DiskError: a write failed; what had been written is removed.
-    """
-    clean_up(target.parent, files)
-    check_free_space(target.parent, needed_bytes, files)
-    checkpoint = NewCheckpoint(target, files)
-    try:
-        files.make_directory(checkpoint.path)
-        yield checkpoint
-        checkpoint.commit()
-    except BaseException:
-        files.remove_tree(checkpoint.outer)
-        clean_up(target.parent, files)
-        raise
 
 
 def sync_tree(directory: Path, writer: Writer) -> None:
@@ -157,7 +234,7 @@ def write_manifest(directory: Path, writer: Writer) -> None:
     writer.write(directory / MANIFEST_FILE, [memoryview(text)])
 
 
-def remove_manifest(directory: Path, writer: Writer) -> None:
+def _remove_manifest(directory: Path, writer: Writer) -> None:
     """Mark a directory that is about to be written again as not whole."""
     if SavedCheckpoint.exists(directory):
         (directory / MANIFEST_FILE).unlink()

@@ -214,34 +214,20 @@ class Writer:
         Raises:
             DiskError: names the file, the offset, bytes wanted and written.
         """
-        path = path.absolute()
-        descriptor = self._call(
-            "creating", path, self.files.open, path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-        )
-        offset = crc = 0
-        try:
+        with self.create(path) as file:
             for piece in pieces:
-                crc = zlib.crc32(piece, crc)
-                while len(piece):
-                    try:
-                        written = self.files.write(descriptor, piece)
-                        if written == 0:
-                            raise OSError(errno.EIO, "nothing was written")
-                    except OSError as error:
-                        where = f" at offset {offset:,} (wanted {len(piece):,} bytes, wrote 0)"
-                        raise disk_error("writing", path, error, files=self.files, where=where) from error
-                    offset += written
-                    piece = piece[written:]
-            self._call("syncing", path, self.files.fsync, descriptor)
-        finally:
-            self.files.close(descriptor)
-        self.records[path] = FileRecord(offset, crc)
+                file.append(piece)
+            file.finish()
+
+    def create(self, path: Path) -> NewFile:
+        """A new file to append to; several may be open at once."""
+        return NewFile(self, path.absolute())
 
     def sync(self, path: Path) -> None:
         """Wait until a file or directory that someone else wrote is on the disk."""
-        descriptor = self._call("opening", path, self.files.open, path, os.O_RDONLY)
+        descriptor = self.call("opening", path, self.files.open, path, os.O_RDONLY)
         try:
-            self._call("syncing", path, self.files.fsync, descriptor)
+            self.call("syncing", path, self.files.fsync, descriptor)
         finally:
             self.files.close(descriptor)
 
@@ -257,10 +243,66 @@ class Writer:
 
     def rename(self, source: Path, target: Path) -> None:
         """Move a file or directory."""
-        self._call("renaming", source, self.files.rename, source, target)
+        self.call("renaming", source, self.files.rename, source, target)
 
-    def _call(self, action: str, path: Path, call: Callable[..., Any], *args: Any) -> Any:
+    def call(self, action: str, path: Path, call: Callable[..., Any], *args: Any) -> Any:
+        """Make a call of the file layer; a failure becomes a `DiskError`."""
         try:
             return call(*args)
         except OSError as error:
             raise disk_error(action, path, error, files=self.files) from error
+
+
+class NewFile:
+    """A file that is being written; made by `Writer.create`. Closing it unfinished leaves no record of it."""
+
+    def __init__(self, writer: Writer, path: Path) -> None:
+        self._writer = writer
+        self._path = path
+        self._offset = self._crc = 0
+        flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+        self._descriptor: int | None = writer.call("creating", path, writer.files.open, path, flags)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, piece: memoryview) -> None:
+        """Write the next bytes; they may still be on their way to the disk.
+
+        Raises:
+            DiskError: see `Writer.write`.
+        """
+        assert self._descriptor is not None, "closed"
+        files = self._writer.files
+        self._crc = zlib.crc32(piece, self._crc)
+        while len(piece):
+            try:
+                written = files.write(self._descriptor, piece)
+                if written == 0:
+                    raise OSError(errno.EIO, "nothing was written")
+            except OSError as error:
+                where = f" at offset {self._offset:,} (wanted {len(piece):,} bytes, wrote 0)"
+                raise disk_error("writing", self._path, error, files=files, where=where) from error
+            self._offset += written
+            piece = piece[written:]
+
+    def finish(self) -> None:
+        """Wait until all is on the disk, close the file, and remember its size and checksum.
+
+        Raises:
+            DiskError: it did not get there.
+        """
+        try:
+            self._writer.call("syncing", self._path, self._writer.files.fsync, self._descriptor)
+        finally:
+            self.close()
+        self._writer.records[self._path] = FileRecord(self._offset, self._crc)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            self._writer.files.close(descriptor)

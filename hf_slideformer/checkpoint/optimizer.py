@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ..engine.engine import SlideEngine
+from ..engine.held import HeldState
 from ..errors import CheckpointError
 from ..memory.layout import MOMENT_FORMATS, moment_format_of
 from ..optim.adamw import SlideAdamW
@@ -23,7 +25,7 @@ from ..optim.state import ParamState
 from .directory import SavedCheckpoint
 from .files import Writer
 from .parameters import check_same_parameters, some_of
-from .tensors import TensorEntry, TensorReader, write_tensors
+from .tensors import TensorEntry, TensorFiles, TensorReader, pieces_of
 
 OPTIMIZER_FOLDER = "optimizer"
 INDEX_FILE = "index.json"
@@ -33,17 +35,9 @@ FORMAT_VERSION = 1
 _RESIDUAL = "master_residual"
 
 
-def _by_file(engine: SlideEngine) -> dict[str, list[ParamState]]:
-    """All parameters' states by the file that holds them, in the model's order: its unit's, streamed or not."""
-    files: dict[str, list[ParamState]] = {}
-    outside = {state.order: state for state in engine.states}
-    for unit in engine.executor.units:
-        states = [engine.param_state(param) for param in unit.found.parameters.values()]
-        files[f"unit-{unit.index:05d}.safetensors"] = sorted(states, key=lambda state: state.order)
-        for state in states:
-            outside.pop(state.order, None)
-    files[OUTSIDE_FILE] = list(outside.values())
-    return files
+def _file_of(group: int, held: HeldState) -> str:
+    """The name of the file of a unit, or of what is outside of units."""
+    return OUTSIDE_FILE if group == len(held.groups) - 1 else f"unit-{group:05d}.safetensors"
 
 
 def _optimized(optimizer: SlideAdamW) -> set[int]:
@@ -60,45 +54,48 @@ def optimizer_bytes(engine: SlideEngine, optimizer: SlideAdamW) -> int:
     )
 
 
-def _entries(states: list[ParamState]) -> list[TensorEntry]:
-    entries = []
-    for state in states:
-        parts = dict(state.moments)
-        if state.residual is not None:
-            parts[_RESIDUAL] = state.residual
-        entries += [_entry(f"{state.name}.{part}", tensor) for part, tensor in parts.items()]
-    return entries
+def _entries(state: ParamState, group: int, held: HeldState) -> list[TensorEntry]:
+    moments = state.moment_format.parts if state.moment_format is not None else ()
+    kinds = [(part.name, part.dtype, tuple(part.shape(state.spec))) for part in moments]
+    if state.spec.split:
+        kinds.append((_RESIDUAL, torch.int16, tuple(state.spec.shape)))
+
+    def read(part: str, start: int, end: int) -> torch.Tensor:
+        residual, tensors = held.parts(state)
+        tensor = residual if part == _RESIDUAL else tensors[part]
+        assert tensor is not None
+        return pieces_of(tensor)(start, end)
+
+    return [
+        TensorEntry(f"{state.name}.{part}", dtype, shape, partial(read, part), group, from_state=True)
+        for part, dtype, shape in kinds
+    ]
 
 
-def _entry(name: str, tensor: torch.Tensor) -> TensorEntry:
-    return TensorEntry(name, tensor.dtype, tuple(tensor.shape), lambda: tensor)
-
-
-def save_optimizer(engine: SlideEngine, optimizer: SlideAdamW, directory: Path, writer: Writer) -> None:
-    """Write the state of `optimizer` to `directory`, from where it lives.
+def save_optimizer(
+    engine: SlideEngine, optimizer: SlideAdamW, directory: Path, tensors: TensorFiles, writer: Writer
+) -> None:
+    """Write the index of the state of `optimizer` to `directory`, and have its tensors written with `tensors`.
 
     Raises:
         DiskError: a file cannot be written.
         StateError: an update failed, so that the state is that of no step.
     """
-    engine.synchronize()
     engine.check()
+    held = tensors.held
     writer.files.make_directory(directory)
     optimized = _optimized(optimizer)
     parameters: dict[str, dict[str, Any]] = {}
-    for file, states in _by_file(engine).items():
-        saved = [s for s in states if id(s.param) in optimized and s.moment_format is not None]
+    for group, states in enumerate(held.groups):
+        file, entries = _file_of(group, held), []
         for state in states:
-            state.check_outside_write()
-            parameters[state.name] = {
-                "shape": list(state.spec.shape),
-                "trainable": state.spec.trainable,
-            }
-        for state in saved:
-            parameters[state.name].update(step=state.step, file=file)
-        if saved:
-            with engine.state_in_memory(states):
-                write_tensors(writer, directory / file, _entries(saved))
+            entry = {"shape": list(state.spec.shape), "trainable": state.spec.trainable}
+            if id(state.param) in optimized and state.moment_format is not None:
+                entry.update(step=held.steps[state.order], file=file)
+                entries += _entries(state, group, held)
+            parameters[state.name] = entry
+        if entries:
+            tensors.add(directory / file, entries)
     groups = [
         {
             **{key: _plain(value, key) for key, value in group.items() if key != "params"},
@@ -181,12 +178,11 @@ class SavedOptimizer:
         engine.synchronize()
         self.check_groups(engine, optimizer)
         # A file is read once for each unit that has parameters in it: once, unless units were found otherwise then.
-        for unit in _by_file(engine).values():
+        for unit in engine.states_by_unit():
             by_file: dict[str, dict[str, ParamState]] = defaultdict(dict)
             for state in unit:
                 if (file := self._parameters[state.name].get("file")) is not None:
                     by_file[file][state.name] = state
-                    state.check_outside_write()
             for file, states in by_file.items():
                 with (
                     self._checkpoint.explained(),

@@ -15,6 +15,7 @@ gradients have landed.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import inspect
@@ -63,6 +64,7 @@ from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, settle
+from .held import HeldState
 from .loss import defer_logits
 from .outside import OutsideUpdates
 from .planning import find_budgets, plan_for
@@ -138,6 +140,7 @@ class SlideEngine:
         self._group_of: dict[int, int] = {}
         self._state_is_open = False
         self._weights_are_in_hand = False
+        self._held: HeldState | None = None
         self._loading: dict[int, torch.Tensor] = {}
         self._load_root: nn.Module | None = None
 
@@ -517,6 +520,7 @@ class SlideEngine:
         self.gradients = self._make_gradients()
 
     def _forget_moments(self) -> None:
+        self._wait_held()
         for states in self.states_by_unit():
             with self.state_in_memory(states, write=True):
                 for state in states:
@@ -525,9 +529,53 @@ class SlideEngine:
                         tensor.zero_()
 
     def states_by_unit(self) -> list[list[ParamState]]:
-        """The states of each streamed unit, and those outside of them."""
-        outside = [state for state in self.states if state.unit is None]
-        return [*(unit.states for unit in self._streamed), outside]
+        """The states of each unit, streamed or resident, and last those outside of units; in the model's order."""
+        groups = []
+        outside = {state.order: state for state in self.states}
+        for unit in self.executor.units:
+            own = [self._state_of[id(param)] for param in unit.found.parameters.values()]
+            groups.append(sorted(own, key=lambda state: state.order))
+            for state in own:
+                outside.pop(state.order, None)
+        return [*groups, list(outside.values())]
+
+    def hold(self) -> HeldState:
+        """Keep updates away from the state as it is now until it has been read, unit by unit.
+
+        Raises:
+            TransferError: an update failed; the cause is chained.
+        """
+        self._wait_held()
+        self.synchronize()
+        groups = self.states_by_unit()
+        for state in self.states:
+            state.check_outside_write()
+        outside = len(groups) - 1
+        units = sorted(self.executor.units, key=self._place_in_forward)
+        if self.overlapped:  # as backward goes, then `step`
+            order = [*(unit.index for unit in reversed(units)), outside]
+        else:  # as `step` goes
+            order = [outside, *(unit.index for unit in sorted(units, key=lambda unit: unit.streamed))]
+        self._held = HeldState(
+            groups, order, device=self.device, borrow=self._borrow_state, attach=self._memory_on_loan
+        )
+        return self._held
+
+    def _memory_on_loan(self, unit: int, loan: Loan) -> UnitMemory:
+        memory = copy.copy(self.executor.units[unit].memory)
+        memory.attach(loan.buffer, self._disk_layouts[unit], self._blueprint.moments)
+        return memory
+
+    def _wait_held(self) -> None:
+        """Wait until what is being saved has been read, before state is changed by others than updates."""
+        if self._held is not None:
+            self._held.wait_host()
+            self._held = None
+
+    def _until_read(self, state: ParamState) -> None:
+        """Wait before an update that is made here and now."""
+        if self._held is not None:
+            self._held.released(self._held.group_of[state.order]).wait_host()
 
     def _find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
         groups = {}
@@ -757,6 +805,7 @@ class SlideEngine:
             if state.unit is None and grad is not None and state.order in self._group_of:
                 self._check_used_once(state)
                 if state.updated_in_ram:
+                    self._until_read(state)
                     in_ram.append(state)
                 else:
                     self._update_resident(state, grad)
@@ -775,6 +824,7 @@ class SlideEngine:
                 state.param.grad = None
 
     def _update_resident(self, state: ParamState, grad: torch.Tensor) -> None:
+        self._until_read(state)
         state.check_outside_write()
         state.step += 1
         apply_update(
@@ -859,8 +909,9 @@ class SlideEngine:
         def run(buffer: HostBuffer | BufferView) -> None:
             self._guarded(lambda: update_unit(unit.memory, buffer, fp32, runs, self._threads))()
 
+        read = () if self._held is None else (self._held.released(unit.index),)
         if self._disk is None or unit.index not in self._disk:
-            return UnitUpdate(run)
+            return UnitUpdate(run, after=read)
         places, waited = self._disk_layouts[unit.index], unit.memory.grads_on_disk
         # Gradients that wait on disk come with the rest.
         loan = self._updates_desk.borrow(
@@ -874,7 +925,7 @@ class SlideEngine:
             finally:
                 loan.give_back(write=True, nbytes=places.masters[1])
 
-        return UnitUpdate(run_on_disk, after=(loan.ready,), drop=loan.give_back)
+        return UnitUpdate(run_on_disk, after=(loan.ready, *read), drop=loan.give_back)
 
     @contextlib.contextmanager
     def _attached(self, unit: Unit, loan: Loan, *, changes: bool = True) -> Iterator[None]:
@@ -920,6 +971,8 @@ class SlideEngine:
     def state_in_memory(self, states: Sequence[ParamState], *, write: bool = False) -> Iterator[None]:
         """Make `residual` and `moments` of parameters of one unit tensors that can be read, wherever they live.
 
+        Residuals of weights that were written from outside are cleared first.
+
         Args:
             states: all of one unit, or none of any unit.
             write: put changes back where the state lives.
@@ -927,6 +980,11 @@ class SlideEngine:
         Raises:
             TransferError: reading from disk failed; the cause is chained.
         """
+        if write:
+            self._wait_held()
+        self.synchronize()
+        for state in states:
+            state.check_outside_write()  # of what is on disk: what this clears stays cleared there
         unit = states[0].unit if states else None
         if unit is None or self._disk is None or unit not in self._disk:
             yield
@@ -935,9 +993,6 @@ class SlideEngine:
             raise StateError(
                 "state_in_memory inside of state_in_memory; end the first block before the second"
             )
-        self.synchronize()
-        for state in self.executor.units[unit].states:
-            state.check_outside_write()  # while it is on disk: what this clears stays cleared there
         loan = self._borrow_state(unit)
         assert loan is not None
         self._state_is_open = True
@@ -958,6 +1013,7 @@ class SlideEngine:
         if self._weights_are_in_hand:
             yield
             return
+        self._wait_held()
         self.synchronize()
         states = [state for p in module.parameters() if (state := self._state_of.get(id(p))) is not None]
         units = {state.unit for state in states if state.unit is not None}
@@ -1034,6 +1090,9 @@ class SlideEngine:
         Args:
             parameters: those that were written; None stands for all, which rounds every master to its weight.
         """
+        if self._held is not None:
+            self._held.spoil("weights_changed() was called")
+        self._wait_held()
         self.synchronize()
         self.pool.invalidate()
         for state in self.states if parameters is None else [self._state_of[id(p)] for p in parameters]:
@@ -1075,6 +1134,7 @@ class SlideEngine:
         """Called before `load_state_dict` of the model or a part of it, and again for each part inside."""
         if prefix and self._load_root is not None:
             return
+        self._wait_held()
         self.synchronize()
         self._load_root = module
         for key, param in module.named_parameters():
@@ -1179,6 +1239,7 @@ class SlideEngine:
 
     def close(self) -> None:
         """Finish pending work and end the threads. The model keeps its (host) weights."""
+        self._wait_held()
         self._finalizer()
 
 

@@ -32,7 +32,10 @@ class OptimizerBackend(Protocol):
     def state_in_memory(
         self, states: Sequence[ParamState], *, write: bool = False
     ) -> contextlib.AbstractContextManager[None]:
-        """Make `residual` and `moments` of one unit's parameters tensors, wherever they live."""
+        """Make `residual` and `moments` of one unit's parameters tensors, wherever they live.
+
+        Residuals of weights that were written from outside are cleared first.
+        """
         ...
 
     def state_loaded(self) -> None:
@@ -190,7 +193,6 @@ class SlideAdamW(torch.optim.Optimizer):
             copied = not members[0][1].moments  # on disk: what is read is there only for a moment
             with self._backend.state_in_memory([entry for _, entry in members]):
                 for index, entry in members:
-                    entry.check_outside_write()
                     tensors = dict(entry.moments)
                     if entry.residual is not None:
                         tensors["master_residual"] = entry.residual
@@ -233,7 +235,6 @@ class SlideAdamW(torch.optim.Optimizer):
                 for index, entry in members:
                     values = saved_of[index]
                     entry.load_moments(values)
-                    entry.check_outside_write()
                     if entry.residual is not None and "master_residual" in values:
                         entry.residual.copy_(values["master_residual"])
                     entry.step = int(values["step"])

@@ -3,9 +3,10 @@
     python tests/checkpoint/kill.py --kills 200
 
 One process imports everything once and forks a child for each attempt. Writing, syncing and removing are slowed down,
-so that a good part of the kills falls into them. After each kill every visible checkpoint must be whole, none that was
-there may be missing without a newer one, and hidden leftovers must not pile up. A run that came to its end, killed as
-often as it was, must have the bits of the run that never stopped.
+so that a good part of the kills falls into them, while training stands still and while it goes on. After each kill
+every visible checkpoint must be whole, none that was there may be missing without a newer one, and hidden leftovers
+must not pile up. A run that came to its end, killed as often as it was, must have the bits of the run that never
+stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
 from hf_slideformer.checkpoint.directory import whole_checkpoints
 
 STEPS, SAVE_STEPS, KEPT = 12, 2, 2
-PHASES = ("starting", "training", "writing", "renaming", "removing", "done")
+LOOP = ("starting", "training", "saving", "done")
+FILES = ("", "writing", "renaming", "removing")
+PHASES = (*LOOP, *(f"{activity} while {loop}" for loop in LOOP[:3] for activity in FILES[1:]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,21 +88,59 @@ class Progress:
         self._shared = mmap.mmap(-1, mmap.PAGESIZE)
 
     @property
+    def loop(self) -> str:
+        """What the main thread does, one of `LOOP`."""
+        return LOOP[self._shared[0]]
+
+    @loop.setter
+    def loop(self, name: str) -> None:
+        self._shared[0] = LOOP.index(name)
+
+    @property
+    def files(self) -> str:
+        """What is done to files, in whatever thread: one of `FILES`."""
+        return FILES[self._shared[1]]
+
+    @files.setter
+    def files(self, name: str) -> None:
+        self._shared[1] = FILES.index(name)
+
+    @property
     def phase(self) -> str:
         """One of `PHASES`."""
-        return PHASES[self._shared[0]]
+        return f"{self.files} while {self.loop}" if self.files and self.loop != "done" else self.loop
 
-    @phase.setter
-    def phase(self, name: str) -> None:
-        self._shared[0] = PHASES.index(name)
+    def start(self) -> None:
+        """A child begins."""
+        self.loop, self.files = "starting", ""
 
     @contextlib.contextmanager
     def during(self, name: str):
-        """Set the phase while the block runs."""
-        before = self.phase
-        self.phase = name
+        """Set what is done to files while the block runs."""
+        before = self.files
+        self.files = name
         yield
-        self.phase = before
+        self.files = before
+
+    def follow(self, trainer: SlideTrainer) -> None:
+        """Show what a trainer does."""
+        step, save, rotate = trainer.training_step, trainer._save_checkpoint, trainer._rotate
+
+        def training_step(*args, **kwargs):
+            self.loop = "training"
+            return step(*args, **kwargs)
+
+        def save_checkpoint(*args):
+            self.loop = "saving"
+            save(*args)
+            self.loop = "training"
+
+        def rotate_and_end(*args):
+            rotate(*args)
+            self.files = ""
+
+        trainer.training_step, trainer._save_checkpoint = training_step, save_checkpoint
+        trainer._rotate = rotate_and_end
 
 
 class SlowFiles(FileOps):
@@ -120,8 +161,8 @@ class SlowFiles(FileOps):
         super().fsync(descriptor)
 
     def make_directory(self, path: Path) -> None:
-        """From here on it is saving."""
-        self._progress.phase = "writing"
+        """From here on files are written."""
+        self._progress.files = "writing"
         super().make_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:
@@ -153,15 +194,6 @@ class Tokens(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self._rows[index], "labels": self._rows[index]}
-
-
-class _Tell(TrainerCallback):
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        """Saving, if it was, is over."""
-        self._progress.phase = "training"
 
 
 def make_trainer(
@@ -273,11 +305,10 @@ def train(setting: Setting, output_dir: Path, files: FileOps, progress: Progress
     """One attempt: go on from the last checkpoint if there is one, and write down the end."""
     last = get_last_checkpoint(str(output_dir)) if output_dir.exists() else None
     # Other random weights than before: whatever is not restored shows.
-    trainer = make_trainer(
-        setting, output_dir, files, [_Tell(progress)], model_seed=0 if last is None else 99
-    )
+    trainer = make_trainer(setting, output_dir, files, [], model_seed=0 if last is None else 99)
+    progress.follow(trainer)
     trainer.train(resume_from_checkpoint=last)
-    progress.phase = "done"
+    progress.loop = "done"
     part = result.with_suffix(".part")
     part.write_text(json.dumps(final_state(trainer)))
     part.rename(result)
@@ -362,12 +393,12 @@ def run(kills: int, seed: int, directory: Path, *, delay_s: float = 0.002, setti
         number += 1
         if setting.name not in references:
             result, start = directory / "reference.json", time.monotonic()
-            progress.phase = "starting"
+            progress.start()
             log = directory / "reference.log"
             child = fork(
                 lambda s=setting, r=result: train(s, directory / "reference", files, progress, r), log
             )
-            wait_for(child, 120.0, until=lambda: progress.phase == "training")
+            wait_for(child, 120.0, until=lambda: progress.loop == "training")
             started = time.monotonic()
             assert wait_for(child, 120.0) == 0, log.read_text()
             times = started - start, time.monotonic() - started
@@ -381,7 +412,7 @@ def run(kills: int, seed: int, directory: Path, *, delay_s: float = 0.002, setti
         )
         last_step = attempts = 0
         while not result.exists():
-            progress.phase = "starting"
+            progress.start()
             attempts += 1
             child = fork(lambda s=setting, o=output_dir, r=result: train(s, o, files, progress, r), log)
             if done == kills:  # the run may end
@@ -389,7 +420,7 @@ def run(kills: int, seed: int, directory: Path, *, delay_s: float = 0.002, setti
             elif chance.random() < 0.1:  # while it starts
                 status = wait_for(child, chance.uniform(0, start_s))
             else:
-                status = wait_for(child, 120.0, until=lambda: progress.phase == "training")
+                status = wait_for(child, 120.0, until=lambda: progress.loop == "training")
                 if status is None:
                     status = wait_for(child, chance.uniform(0, 0.7) * training_s)
             if status is None:
@@ -430,7 +461,7 @@ def main() -> None:
             delay_s=options.delay_ms / 1000,
             settings=SETTINGS[: options.settings],
         )
-    print("kills by phase:", ", ".join(f"{phase} {phases[phase]}" for phase in PHASES))
+    print("kills by phase:", ", ".join(f"{phase} {phases[phase]}" for phase in PHASES if phases[phase]))
 
 
 if __name__ == "__main__":

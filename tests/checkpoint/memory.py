@@ -2,8 +2,11 @@
 
     python tests/checkpoint/memory.py save DIRECTORY
     python tests/checkpoint/memory.py resume DIRECTORY
+    python tests/checkpoint/memory.py save-experts DIRECTORY
+    python tests/checkpoint/memory.py resume-experts DIRECTORY
 
-Prints JSON: bytes of the state, of the largest unit and its like, and by how much the peak rose.
+The experts are fused in memory and saved one by one. Prints JSON: bytes of the state, of the largest unit and its like,
+and by how much the peak rose: in all, and while weights were loaded.
 """
 
 import json
@@ -14,7 +17,14 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_slideformer import SlideTrainer
 
@@ -53,26 +63,25 @@ class _AtFirstStep(TrainerCallback):
 def main() -> None:
     """Train a step, or resume; measure; print."""
     action, directory = sys.argv[1], Path(sys.argv[2])
+    resumes = action.startswith("resume")
     torch.set_num_threads(2)
     before = reset_peak()
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=10,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=64,
-    )
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    sizes = {"vocab_size": 512, "num_hidden_layers": 10, "max_position_embeddings": 64, **heads}
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        if action.endswith("experts"):
+            model = MixtralForCausalLM(
+                MixtralConfig(hidden_size=512, intermediate_size=960, num_local_experts=8, **sizes)
+            )
+        else:
+            model = LlamaForCausalLM(LlamaConfig(hidden_size=1024, intermediate_size=2816, **sizes))
     model = model.to_empty(device="cpu")
     model.init_weights()
     args = TrainingArguments(
         output_dir=str(directory),
-        max_steps=1 if action == "save" else 2,
+        max_steps=2 if resumes else 1,
         per_device_train_batch_size=1,
-        save_strategy="steps" if action == "save" else "no",
+        save_strategy="no" if resumes else "steps",
         save_steps=1,
         bf16=True,
         use_cpu=True,
@@ -81,8 +90,9 @@ def main() -> None:
         dataloader_pin_memory=False,
     )
     first = _AtFirstStep()
+    result: dict[str, int] = {}
     trainer = SlideTrainer(model=model, args=args, train_dataset=_Rows(), callbacks=[first])
-    if action == "save":
+    if not resumes:
         save_checkpoint = trainer._save_checkpoint
         rise: list[int] = []
 
@@ -90,14 +100,25 @@ def main() -> None:
             trainer.slide.synchronize()  # the first update touches the moments for the first time
             start = reset_peak()
             save_checkpoint(*arguments)
+            trainer._finish_save()
             rise.append(peak_bytes() - start)
 
         trainer._save_checkpoint = measured
         trainer.train()
-        result = {"rise": rise[0]}
+        result["rise"] = rise[0]
     else:
+        load = trainer._load_from_checkpoint
+        peaks: list[int] = []
+
+        def measured_load(*arguments) -> None:
+            peaks.append(peak_bytes())  # of what came before
+            start = reset_peak()
+            load(*arguments)
+            result["weights"] = peak_bytes() - start
+
+        trainer._load_from_checkpoint = measured_load
         trainer.train(resume_from_checkpoint=str(directory / "checkpoint-1"))
-        result = {"rise": first.peak - before}
+        result["rise"] = max(first.peak, *peaks) - before
     engine = trainer.slide.engine
     per_param = 4 + 8  # halves of the master, and moments
     units = engine.states_by_unit()

@@ -12,10 +12,12 @@ from transformers import (
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.core_model_loading import Transpose, WeightConverter
 
 from hf_slideformer import SlideAccelerator, SlideAdamW, SlideTrainer
 from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
@@ -174,7 +176,7 @@ def test_resume_is_the_uninterrupted_run(tmp_path, setting):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_resume_of_a_model_whose_saved_tensors_are_computed(tmp_path, bf16):
+def test_resume_of_a_model_whose_saved_tensors_are_computed(tmp_path, monkeypatch, bf16):
     # Fused experts are saved one by one; plain Trainer does not find them again.
     def train(directory: Path, seed: int, resume: Path | None = None):
         base = make_trainer(SETTINGS[0], directory, FileOps(), [])
@@ -190,7 +192,52 @@ def test_resume_of_a_model_whose_saved_tensors_are_computed(tmp_path, bf16):
     whole = train(tmp_path / "whole", 0)
     names = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors").keys()
     assert any("experts.3.w1" in name for name in names)
+    monkeypatch.delattr(PreTrainedModel, "from_pretrained")  # which would make a copy of all weights
     assert train(tmp_path / "resumed", 99, tmp_path / "whole" / "checkpoint-2") == whole
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_resume_of_a_model_whose_saved_tensors_are_transposed(tmp_path, monkeypatch, moved):
+    def train(directory: Path, seed: int, resume: Path | None = None):
+        trainer = make_trainer(
+            Setting("transposed", args={"bf16": True, "max_steps": 4}),
+            directory,
+            FileOps(),
+            [],
+            model_seed=seed,
+        )
+        trainer.model._weight_conversions = [
+            WeightConverter(r"mlp.up_proj.kernel", r"mlp.up_proj.weight", [Transpose(0, 1)])
+        ]
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return trainer
+
+    whole = train(tmp_path / "whole", 0)
+    path = tmp_path / "whole" / "checkpoint-2"
+    saved = load_file(path / "model.safetensors")
+    assert saved["model.layers.1.mlp.up_proj.kernel"].shape == (16, 24)
+    last = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    state = next(s for s in whole.slide.engine.states if s.name == "model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(last["model.layers.1.mlp.up_proj.kernel"], state.read_master().T)
+    if moved:
+        assert final_state(train(tmp_path / "resumed", 99, path)) == final_state(whole)
+        return
+
+    # What is not only moved is not loaded as if it were, but left to transformers.
+    def halved(self, input_dict, *args, **kwargs):
+        return {name: value // 2 for name, value in convert(self, input_dict, *args, **kwargs).items()}
+
+    class Reached(Exception):
+        pass
+
+    def from_pretrained(*args, **kwargs):
+        raise Reached
+
+    convert = Transpose.convert
+    monkeypatch.setattr(Transpose, "convert", halved)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", from_pretrained)
+    with pytest.raises(Reached):
+        train(tmp_path / "resumed", 99, path)
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [("fp32", "8bit"), ("8bit", "fp32")])
