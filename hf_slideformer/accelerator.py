@@ -84,6 +84,7 @@ class SlideAccelerator(Accelerator):
     _slide_config: SlideConfig | None = None
     _slide_micro_batches = 1
     _slide_shape: BatchShape | None = None
+    _slide_shape_is_of_a_loader = False
     _slide_overlap_is_exact = False
     _slide_bf16: bool | None = None
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
@@ -149,6 +150,7 @@ class SlideAccelerator(Accelerator):
                 self.count_on_batches(
                     obj.dataset, obj.batch_size, models[0] if models else None, collate=obj.collate_fn
                 )
+                self._slide_shape_is_of_a_loader = True
         known = [*map(_unwrapped, self._optimizers), *optimizers]
         for model in [*self._models, *models]:
             _check_optimizers(model, known)
@@ -317,6 +319,12 @@ class SlideAccelerator(Accelerator):
             return {}  # `_save_streamed` writes them
         state = engine.state_dict_as_loaded(model) if engine is not None else None
         return super().get_state_dict(model, unwrap=unwrap) if state is None else state
+
+    def free_memory(self, *objects: Any) -> list[Any]:
+        """As in Accelerate; the next plan counts on the batches of a data loader that is prepared from now on."""
+        if self._slide_shape_is_of_a_loader:
+            self._slide_shape, self._slide_shape_is_of_a_loader = None, False
+        return super().free_memory(*objects)
 
     def end_training(self) -> None:
         """As in Accelerate, once every pending update is done."""

@@ -415,6 +415,27 @@ def test_free_memory_lets_go_of_the_engine():
     assert engine_of(second.model)._optimizer is not None
 
 
+def test_plan_after_free_memory_counts_on_the_batches_of_the_next_loader():
+    """As `find_executable_batch_size` needs it, which tries one size after the other."""
+    accelerator = SlideAccelerator(cpu=True, slideformer_plugin=SlideFormerPlugin({"gpu_memory": "1GiB"}))
+    for batch_size in (4, 2):
+        accelerator.free_memory()
+        loop = runs.plain_loop()
+        loader = torch.utils.data.DataLoader(runs.Tokens(), batch_size=batch_size)
+        accelerator.prepare(loop.model, loop.optimizer, loader)
+        assert engine_of(loop.model).plan.batch_size == batch_size
+
+
+def test_free_memory_keeps_a_shape_that_was_configured():
+    accelerator = SlideAccelerator(cpu=True, slideformer_plugin=SlideFormerPlugin({"gpu_memory": "1GiB"}))
+    accelerator.count_on_batches(runs.Tokens(), 4, None)
+    accelerator.free_memory()  # as Trainer does first
+    loop = runs.plain_loop()
+    accelerator.prepare(torch.utils.data.DataLoader(runs.Tokens(), batch_size=2))
+    accelerator.prepare(loop.model, loop.optimizer)
+    assert engine_of(loop.model).plan.batch_size == 4
+
+
 def test_notebook_launcher():
     trained = []
 
