@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
@@ -109,7 +110,7 @@ def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) 
     Raises:
         UnsupportedModelError: trainable weights in another dtype (fp16), or a quantized weight.
     """
-    if type(param) is not nn.Parameter:
+    if type(param) is not nn.Parameter and not isinstance(param, FakeTensor):
         raise UnsupportedModelError(
             f"{name} is a {type(param).__name__}, of which only the data would stream (a quantized weight has more); "
             "load the model without quantization, in bfloat16"
