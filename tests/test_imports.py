@@ -16,7 +16,8 @@ def top_level_modules_after(statement: str) -> set[str]:
     program = (
         f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels")}
+    # Without torch's hooks: ours is a module of the package, which `import torch` would import (tests/launch).
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
