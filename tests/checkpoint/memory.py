@@ -1,7 +1,7 @@
-"""Peak RAM of saving and of resuming a model of a few hundred million bytes, in a process of its own.
+"""Peak RAM of saving and of resuming a model of a few hundred million bytes, or more, in a process of its own.
 
-    python tests/checkpoint/memory.py save DIRECTORY
-    python tests/checkpoint/memory.py resume DIRECTORY
+    python tests/checkpoint/memory.py save DIRECTORY [LAYERS]
+    python tests/checkpoint/memory.py resume DIRECTORY [LAYERS]
     python tests/checkpoint/memory.py save-experts DIRECTORY
     python tests/checkpoint/memory.py resume-experts DIRECTORY
 
@@ -63,11 +63,12 @@ class _AtFirstStep(TrainerCallback):
 def main() -> None:
     """Train a step, or resume; measure; print."""
     action, directory = sys.argv[1], Path(sys.argv[2])
+    layers = int(sys.argv[3]) if len(sys.argv) > 3 else 10
     resumes = action.startswith("resume")
     torch.set_num_threads(2)
     before = reset_peak()
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    sizes = {"vocab_size": 512, "num_hidden_layers": 10, "max_position_embeddings": 64, **heads}
+    sizes = {"vocab_size": 512, "num_hidden_layers": layers, "max_position_embeddings": 64, **heads}
     with torch.device("meta"):
         if action.endswith("experts"):
             model = MixtralForCausalLM(
