@@ -115,7 +115,7 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
     machine.add_argument(
         "--nvme",
         metavar="SIZE",
-        help="disk for optimizer state that exceeds RAM, such as 2TB (default: none)",
+        help="disk for state that exceeds RAM, such as 2TB (default: none)",
     )
     settings = parser.add_argument_group("settings, as in SlideConfig")
     settings.add_argument(
@@ -663,7 +663,7 @@ def _questions() -> tuple[str, dict[str, Any]]:
     for name, question, default in (
         ("gpu_memory", "GPU memory that may be used, such as 24GiB", "all"),
         ("cpu_memory", "RAM that may be used, such as 100GiB", "all that is free"),
-        ("nvme_dir", "Directory on an NVMe drive for optimizer state that exceeds RAM", "none"),
+        ("nvme_dir", "Directory on an NVMe drive for state that exceeds RAM", "none"),
         (
             "optimizer_states",
             "AdamW's moments: fp32 (exact) or 8bit (half the memory, other numbers)",

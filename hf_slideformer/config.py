@@ -89,7 +89,7 @@ class SlideConfig:
         gpu_memory: bytes of GPU memory that may be used ("24GiB", a number, or None for what is there).
         cpu_memory: bytes of RAM that may be used, likewise.
         pinned_memory: bytes of RAM that may be pinned, likewise. Above it, buffers stay pageable.
-        nvme_dir: directory for optimizer state that exceeds RAM; None keeps all state off disk. Several directories, on
+        nvme_dir: directory for state that exceeds RAM; None keeps all state off disk. Several directories, on
             drives of their own, share the work: a list, or one text with `os.pathsep` between them. Kept as a tuple.
         nvme_memory: bytes that may be used there in all, or None for what is free.
         placement: "stream" streams every unit from RAM; "auto" lets the planner fill the GPU. Without a GPU, "auto"
