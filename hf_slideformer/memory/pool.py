@@ -191,25 +191,24 @@ class SlotPool:
         if self._device.type == "cpu":
             slot.handle.wait_issued() if not slot.handle.failed else None
             slot.buffer.fill_(0xFF)  # NaN in every float dtype: a stale read shows
-        after = [unit.pending_update] if unit.pending_update is not None else []
         self._clock += 1
         slot.unit, slot.last_use = unit.index, self._clock
         target = slot.buffer[:nbytes]
         loan = unit.borrow_weights() if unit.borrow_weights is not None else None
-        if loan is None:
-            slot.handle = self._lane.submit(
-                f"fetch of {unit.name}",
-                lambda: target.copy_(host, non_blocking=True),
-                after=after,
-                after_events=(slot.released,),  # hazard "slot reuse"
-            )
-        else:
-            slot.handle = self._lane.submit(
-                f"fetch of {unit.name}",
-                lambda: target.copy_(loan.buffer.tensor(torch.uint8, 0, nbytes), non_blocking=True),
-                after=(loan.ready,),  # which waits for the update
-                after_events=(slot.released,),
-            )
+        # A loan has waited for the update when it is ready.
+        awaited = unit.pending_update if loan is None else loan.ready
+
+        def copy() -> None:
+            source = host if loan is None else loan.buffer.tensor(torch.uint8, 0, nbytes)
+            target.copy_(source, non_blocking=True)
+
+        slot.handle = self._lane.submit(
+            f"fetch of {unit.name}",
+            copy,
+            after=() if awaited is None else (awaited,),
+            after_events=(slot.released,),  # hazard "slot reuse"
+        )
+        if loan is not None:
             loan.give_back(after=slot.handle)
         self._metrics.add("h2d_bytes", nbytes)
 
