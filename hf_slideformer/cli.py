@@ -558,6 +558,8 @@ def hardware_table(hardware: Hardware) -> str:
         rows.append(("disk, reading", _rate(hardware.disk_read, "GB/s")))
     if hardware.disk_write is not None:
         rows.append(("disk, writing", _rate(hardware.disk_write, "GB/s")))
+    if hardware.disk_duplex is not None:
+        rows.append(("disk, both at once", _rate(hardware.disk_duplex, "GB/s")))
     width = max(len(label) for label, _ in rows)
     lines = [
         f"{hardware.name} ({hardware.source})",

@@ -105,7 +105,7 @@ class Hardware:
         gpu_adamw: parameters a second by the GPU update, by format.
         gpu_copy: a copy in GPU memory, bytes read plus bytes written.
         bf16_flops, fp32_flops: of large matrix products.
-        disk_read, disk_write: of the disk for state, or None.
+        disk_read, disk_write, disk_duplex: of the disk for state, alone and both at once (the sum), or None.
         notes: what a user should know of these figures.
     """
 
@@ -128,6 +128,7 @@ class Hardware:
     disk_bytes: int | None = None
     disk_read: float | None = None
     disk_write: float | None = None
+    disk_duplex: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -285,7 +286,7 @@ def cached_hardware(device: torch.device, directory: str | os.PathLike | None = 
     )
     if directory is not None and _same_file_system(directory, kept.get("directory")):
         return dataclasses.replace(hardware, disk_bytes=max(1, shutil.disk_usage(directory).free))
-    return dataclasses.replace(hardware, disk_bytes=None, disk_read=None, disk_write=None)
+    return dataclasses.replace(hardware, disk_bytes=None, disk_read=None, disk_write=None, disk_duplex=None)
 
 
 def cache_hardware(

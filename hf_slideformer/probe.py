@@ -77,7 +77,7 @@ class ProbeSizes:
     link_bytes: int = 256 * MIB
     update_numel: int = 128 * MIB
     matrix_sizes: tuple[int, ...] = (4096, 8192)
-    disk_bytes: int = GIB
+    disk_bytes: int = 4 * GIB
     seconds: float = 0.4
     notes: tuple[str, ...] = ()
 
@@ -526,6 +526,8 @@ def _measure_disk(directory: Path, sizes: ProbeSizes) -> tuple[dict[str, Any], t
             if not direct:  # or the reads would come from RAM
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             read = _transfer(handle, _pread_into, written.nbytes, chunk, sizes)
+            # Buffered, what is read for the second time comes from RAM.
+            both = _transfer_both_ways(handle, written.nbytes, chunk, sizes) if direct else None
         finally:
             os.close(handle)
     except OSError as error:
@@ -535,7 +537,8 @@ def _measure_disk(directory: Path, sizes: ProbeSizes) -> tuple[dict[str, Any], t
             f"({reason}); check the disk, or name a directory on another one"
         ) from error
     notes = () if direct else (f"{directory} refuses O_DIRECT, so its rates are those of buffered files",)
-    return {"disk_bytes": free, "disk_read": read.rate, "disk_write": written.rate}, notes
+    rates = {"disk_read": read.rate, "disk_write": written.rate, "disk_duplex": both}
+    return {"disk_bytes": free, **rates}, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,9 +552,25 @@ class _Transfer:
 
 
 def _transfer(
-    handle: int, operation: Callable[[int, memoryview, int], int], nbytes: int, chunk: int, sizes: ProbeSizes
+    handle: int,
+    operation: Callable[[int, memoryview, int], int],
+    nbytes: int,
+    chunk: int,
+    sizes: ProbeSizes,
+    *,
+    begin: int = 0,
+    again: bool = False,
 ) -> _Transfer:
-    """Write or read a file from its start in chunks, several at a time, until `nbytes` or the time is over.
+    """Write or read a part of a file in chunks, several at a time, until `nbytes` or the time is over.
+
+    Args:
+        handle: the file.
+        operation: moves a chunk and returns its bytes.
+        nbytes: of the part, whole chunks.
+        chunk: bytes.
+        sizes: for the time.
+        begin: offset of the part.
+        again: go on from its start when the part ends, until the time is over.
 
     Raises:
         OSError: the system refuses, or moves less than it was given.
@@ -560,13 +579,17 @@ def _transfer(
     content = torch.randint(0, 256, (chunk,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     buffers = [HostBuffer(chunk).tensor(torch.uint8, 0, chunk).copy_(content) for _ in range(_DISK_THREADS)]
     numbers = itertools.count()
-    begin = time.perf_counter()
-    deadline = begin + 4 * sizes.seconds
+    started = time.perf_counter()
+    deadline = started + 4 * sizes.seconds
 
     def serve(buffer: torch.Tensor) -> int:
         moved = 0
         # The time is looked at before a number is taken, so that the chunks moved leave no hole.
-        while (moved == 0 or time.perf_counter() < deadline) and (offset := next(numbers) * chunk) < nbytes:
+        while moved == 0 or time.perf_counter() < deadline:
+            position = next(numbers) * chunk
+            if position >= nbytes and not again:
+                break
+            offset = begin + position % nbytes
             done = operation(handle, buffer.numpy().data, offset)
             if done != chunk:
                 raise OSError(errno.EIO, f"{done} of {chunk} bytes were moved at offset {offset}")
@@ -576,7 +599,19 @@ def _transfer(
     with ThreadPoolExecutor(_DISK_THREADS, thread_name_prefix="slideformer-probe") as pool:
         moved = sum(pool.map(serve, buffers))
     os.fdatasync(handle)
-    return _Transfer(moved, time.perf_counter() - begin)
+    return _Transfer(moved, time.perf_counter() - started)
+
+
+def _transfer_both_ways(handle: int, nbytes: int, chunk: int, sizes: ProbeSizes) -> float | None:
+    """Bytes a second, reads and writes together, in two halves of a file; None where it has only one chunk."""
+    half = nbytes // chunk // 2 * chunk
+    if half == 0:
+        return None
+    with ThreadPoolExecutor(2, thread_name_prefix="slideformer-probe-disk") as pool:
+        reading = pool.submit(_transfer, handle, _pread_into, half, chunk, sizes, again=True)
+        writing = pool.submit(_transfer, handle, os.pwrite, half, chunk, sizes, begin=half, again=True)
+        parts = [reading.result(), writing.result()]
+    return sum(part.nbytes for part in parts) / max(part.seconds for part in parts)
 
 
 def _pread_into(handle: int, buffer: memoryview, offset: int) -> int:

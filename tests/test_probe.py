@@ -74,6 +74,7 @@ def test_probe_without_a_gpu(disk, monkeypatch):
     _check(machine, CPU)
     assert machine.gpu_bytes == machine.ram_bytes and machine.gpu_adamw == machine.cpu_adamw
     assert machine.disk_read > 0 and machine.disk_write > 0
+    assert machine.disk_duplex is None or machine.disk_duplex > 0  # None: the file system refuses O_DIRECT
     assert list(disk.iterdir()) == []
     assert torch.get_num_threads() == threads
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -81,7 +82,7 @@ def test_probe_without_a_gpu(disk, monkeypatch):
 
 def test_without_a_directory_no_disk_is_measured():
     machine = probe("cpu", sizes=TINY)
-    assert machine.disk_bytes is None and machine.disk_read is None and machine.disk_write is None
+    assert {machine.disk_bytes, machine.disk_read, machine.disk_write, machine.disk_duplex} == {None}
 
 
 @pytest.mark.gpu
@@ -167,6 +168,7 @@ def test_disk_without_direct_access_is_measured_with_a_note(disk, monkeypatch):
     monkeypatch.setattr(probe_module, "_set_direct", lambda handle, wanted: refuse(handle, False) and False)
     rates, notes = probe_module._measure_disk(disk, TINY)
     assert rates["disk_read"] > 0 and rates["disk_write"] > 0
+    assert rates["disk_duplex"] is None  # what is read for the second time would come from RAM
     assert len(notes) == 1 and "O_DIRECT" in notes[0]
 
 
@@ -201,12 +203,37 @@ def test_slow_disk_ends_in_time_and_counts_what_was_moved(disk, monkeypatch):
         return write(handle, view, offset)
 
     monkeypatch.setattr(probe_module.os, "pwrite", slow)
+    monkeypatch.setattr(probe_module, "_transfer_both_ways", lambda *_: None)
     sizes = dataclasses.replace(TINY, disk_bytes=512 * MIB)
     rates, _ = probe_module._measure_disk(disk, sizes)
     chunk = 16 * MIB
     assert len(written) < 512 // 16  # the time was over first
     assert sorted(written) == [(index * chunk, chunk) for index in range(len(written))]  # no hole to read
     assert rates["disk_write"] < len(written) * chunk / 0.1
+
+
+def test_reads_and_writes_at_once_stay_in_their_halves(disk, monkeypatch):
+    """Both go around in their half until the time is over; their bytes are counted together."""
+    chunk, chunks = MIB, 7
+    moved = {"pwrite": [], "preadv": []}
+    for name, seen in moved.items():
+        operation = getattr(os, name)
+
+        def noted(handle, view, offset, operation=operation, seen=seen):
+            seen.append(offset)
+            return operation(handle, view, offset)
+
+        monkeypatch.setattr(probe_module.os, name, noted)
+    with open(disk / "file", "w+b") as file:
+        file.truncate(chunks * chunk)
+        begin = time.perf_counter()
+        rate = probe_module._transfer_both_ways(file.fileno(), chunks * chunk, chunk, TINY)
+        seconds = time.perf_counter() - begin
+    assert set(moved["preadv"]) <= {0, chunk, 2 * chunk}
+    assert set(moved["pwrite"]) <= {3 * chunk, 4 * chunk, 5 * chunk}
+    assert rate * seconds >= (len(moved["preadv"]) + len(moved["pwrite"])) * chunk
+    assert seconds >= 4 * TINY.seconds
+    assert probe_module._transfer_both_ways(file.fileno, chunk, chunk, TINY) is None
 
 
 def test_full_disk_is_refused_before_anything_is_written(disk, monkeypatch):

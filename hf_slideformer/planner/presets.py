@@ -284,13 +284,21 @@ def estimate(*, gpu: str | None, gpu_bytes: int, ram_bytes: int, cores: int) -> 
         disk_bytes=None,
         disk_read=None,
         disk_write=None,
+        disk_duplex=None,
     )
 
 
 def disk_rates(hardware: Hardware) -> tuple[float, float]:
-    """Bytes a second that the disk for state reads and writes; where nobody measured it those of the nearest preset."""
-    if hardware.disk_read is not None and hardware.disk_write is not None:
-        return hardware.disk_read, hardware.disk_write
+    """Bytes a second that the disk for state reads and writes in training; where nobody measured it those of the
+    nearest preset.
+
+    Training reads and writes about as much, at the same time. Where that was measured too, both rates are scaled so
+    that as many bytes each way, one after the other, take as long as at once.
+    """
+    read, write, both = hardware.disk_read, hardware.disk_write, hardware.disk_duplex
+    if read is not None and write is not None:
+        share = 1.0 if both is None else both * (1 / read + 1 / write) / 2
+        return share * read, share * write
     if hardware.gpu is None:
         host = _desktop(64, 3200e6)
         return host.disk_read, host.disk_write

@@ -59,6 +59,10 @@ _BACKWARD_TRAFFIC = 2.5
 _LAUNCH_FORWARD_S = 2e-3
 _LAUNCH_BACKWARD_S = 3e-3
 _LAUNCH_KEPT_BACKWARD_S = 1e-3
+# What a streamed unit adds: a fetch, and sending its gradients (estimates). Little, but where all else is equal it says
+# that a unit that fits should stay.
+_LAUNCH_FETCH_S = 0.1e-3
+_LAUNCH_SEND_S = 0.2e-3
 # Embedding, final norm, head and loss, and Trainer's own work between two steps (estimates).
 _LAUNCH_LOSS_S = 2e-3
 _LAUNCH_STEP_S = 15e-3
@@ -66,7 +70,7 @@ _LAUNCH_STEP_S = 15e-3
 _LAUNCH_UPDATE_S = 0.5e-3
 
 # The CPU's update against the probe's, and the part of copies beside it that it really meets; fitted to the same rows.
-_UPDATE_SHARE = 1.03
+_UPDATE_SHARE = 1.06
 _COPIES_MET = 0.8
 
 # Adding a gradient to its fp32 sum on the CPU takes this many times the fp32 update of the same parameters. Measured:
@@ -283,6 +287,8 @@ class _Load:
             LAUNCH: times.launch
             * (
                 m * (len(times.forward) * _LAUNCH_FORWARD_S + launch_backward + _LAUNCH_LOSS_S)
+                + m * (len(streamed) + len(fetched_again)) * _LAUNCH_FETCH_S
+                + m * len(streamed) * _LAUNCH_SEND_S
                 + _LAUNCH_STEP_S
                 + len(resident) * _LAUNCH_UPDATE_S
             ),
@@ -525,6 +531,7 @@ class _Step:
             updated = self.worker.finish(("update", unit))
             by = self.worker.waited_for(("update", unit))
             self.pending[unit] = False
+        self.host += _LAUNCH_FETCH_S * self.times.launch
         self.issued = max(self.issued, self.host, updated)
         start = max(self.h2d, self.issued, self.released[slot])
         if unit in self.whole:
@@ -629,6 +636,7 @@ class _Step:
 
     def _send_gradients(self, unit: int) -> tuple[float, float, str]:
         """When the copy of a unit's gradients is handed to the link, when it lands, and whom a staging buffer kept."""
+        self.host += _LAUNCH_SEND_S * self.times.launch
         free, by = self.worker.take_staging() if self.staged else (0.0, UPDATE)
         issued = max(self.host, free)
         self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link

@@ -110,12 +110,13 @@ def test_placement_on_a_gpu_is_not_in_a_checkpoint(tmp_path, deterministic, bf16
             "nvme_dir": tmp_path / "disk",
         },
     }
-    runs = {
-        name: _trainer(tmp_path / name, slide, seed=0, bf16=bf16, on_gpu=True)
-        for name, slide in settings.items()
-    }
-    for trainer in runs.values():
-        trainer.train()
+    runs = {}
+    for (
+        name,
+        slide,
+    ) in settings.items():  # one after another: making a trainer sets the seed that its samples come by
+        runs[name] = _trainer(tmp_path / name, slide, seed=0, bf16=bf16, on_gpu=True)
+        runs[name].train()
     expected = final_state(runs["auto"])
     assert runs["auto"].slide.plan.decisions.resident
     assert runs["disk"].slide.plan.decisions.on_disk

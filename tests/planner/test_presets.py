@@ -44,7 +44,7 @@ def test_rates_belong_together(name):
 def test_h100_is_the_measured_machine():
     measured = Hardware.from_file(ROOT / "docs/benchmarks/2026-11-22-h100-plan/probe.json").as_dict()
     for name, value in preset("h100").as_dict().items():
-        if name in ("name", "source", "notes", "gpu_bytes", "ram_bytes", "disk_bytes"):
+        if name in ("name", "source", "notes", "gpu_bytes", "ram_bytes", "disk_bytes", "disk_duplex"):
             continue
         assert value == (pytest.approx(measured[name], rel=0.005) if name != "gpu" else measured[name]), name
 
@@ -108,6 +108,14 @@ def test_rates_of_a_disk_that_nobody_measured_are_those_of_the_nearest_preset():
     half = dataclasses.replace(other, disk_read=5e9)
     assert disk_rates(half) == disk_rates(other)
     assert disk_rates(MACHINES["no GPU"]) == disk_rates(preset("rtx3090-64gb"))
+
+
+@pytest.mark.parametrize("both", [1e9, 3e9, 6e9])
+def test_rates_of_a_disk_that_was_measured_both_ways_at_once(both):
+    machine = dataclasses.replace(preset("h100"), disk_read=4e9, disk_write=2e9, disk_duplex=both)
+    read, write = disk_rates(machine)
+    assert read == 2 * write
+    assert 1e9 / read + 1e9 / write == pytest.approx(2e9 / both)
 
 
 def test_few_cores_slow_the_updates_and_nothing_else():
