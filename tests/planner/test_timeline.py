@@ -21,10 +21,11 @@ from hf_slideformer.planner.timeline import (
 )
 from hf_slideformer.planner.workload import Decisions
 
-from .machines import H100, llama, spec
+from .machines import H100, OTHER_H100, llama, spec
 
 # Median seconds of a step, everything streamed and recomputed: docs/benchmarks/2026-11-22-h100-kernels/; for batches 16
 # and 32 without clipping, and for accumulation, docs/benchmarks/2026-11-22-h100-stream/.
+# They are older than the probe, so whose rates they had is not known; they stand against the middle of four machines.
 ROWS = {
     "clipped-8": (8, {}, 1.810, UPDATE),
     "clipped-16": (16, {}, 2.352, COMPUTE),
@@ -41,7 +42,7 @@ ROWS = {
 def test_measured_rows_are_predicted_within_ten_percent(row):
     batch_size, settings, measured_s, bound_by = ROWS[row]
     workload = llama(batch_size, **settings)
-    prediction = predict(workload, H100, Decisions.streamed(workload))
+    prediction = predict(workload, OTHER_H100, Decisions.streamed(workload))
     assert prediction.step_s == pytest.approx(measured_s, rel=0.1)
     assert prediction.bound_by == bound_by
     tokens = batch_size * 1024 * workload.micro_batches
@@ -50,7 +51,7 @@ def test_measured_rows_are_predicted_within_ten_percent(row):
 
 def test_where_a_clipped_step_waits():
     """The row's own totals: the update was busy 1.21 s, and the launching thread waited 0.98 s for it."""
-    prediction = predict(llama(8), H100, Decisions.streamed(llama(8)))
+    prediction = predict(llama(8), OTHER_H100, Decisions.streamed(llama(8)))
     assert prediction.busy_s[UPDATE] == pytest.approx(1.21, rel=0.1)
     assert prediction.waits_s[UPDATE] == pytest.approx(0.98, rel=0.1)
     idle = prediction.step_s - prediction.busy_s[COMPUTE]
