@@ -129,5 +129,5 @@ def test_placement_on_a_gpu_is_not_in_a_checkpoint(tmp_path, deterministic, bf16
     on_cpu = _trainer(tmp_path / "cpu", {}, seed=99, bf16=bf16)
     on_cpu.train(resume_from_checkpoint=str(tmp_path / "auto" / "checkpoint-4"))
     names = {state.name for state in on_cpu.slide.engine.states}
-    found = final_state(on_cpu)
-    assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+    found = final_state(on_cpu)["state"]
+    assert {name: found[name] for name in names} == {name: expected["state"][name] for name in names}
