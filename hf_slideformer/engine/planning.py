@@ -23,6 +23,7 @@ from ..probe import hardware_of_this_machine
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
 from .profile import profile_model
+from .units import check_no_filled_cache
 
 NOTHING_KNOWN_OF_BATCHES = (
     "every unit streams, because nothing is known of batches; prepare the data loader together with the model"
@@ -92,9 +93,12 @@ def plan_for(
         taken: bytes by tier of what the settings allow that other models have.
 
     Raises:
+        UnsupportedModelError: it would train a key-value cache.
         PlanError: it does not fit, with numbers and remedies.
         DiskError: a directory for state on disk is missing.
     """
+    if training:
+        check_no_filled_cache(model)
     budgets = budgets or find_budgets(config, device, model, taken)
     hardware = hardware or hardware_of_this_machine(device, next(iter(config.nvme_dirs), None))
     placement, notes = config.placement, blueprint.notes(training=training)

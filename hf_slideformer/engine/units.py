@@ -21,6 +21,9 @@ from ..memory.layout import ParamSpec
 # would cut that path, and gradients through it would be lost.
 _SIDE_CHANNELS = ("shared_kv_states", "shared_key_value_states")
 
+# PEFT's kinds of adapters that fill the key-value cache.
+_FILLED_CACHES = ("PREFIX_TUNING", "CARTRIDGE")
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Owner:
@@ -136,6 +139,17 @@ def check_has_data(model: nn.Module) -> None:
         if param.device.type == "meta":
             raise UnsupportedModelError(
                 f"{name} has no data (meta device); load the model's weights before preparing it"
+            )
+
+
+def check_no_filled_cache(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for adapters that hand layers a key-value cache to train (PEFT's prefix tuning)."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = getattr(config, "peft_type", None)
+        if getattr(kind, "value", kind) in _FILLED_CACHES:
+            raise UnsupportedModelError(
+                f"adapter {name!r} is {getattr(kind, 'value', kind)}: it puts what it trains into the key-value cache, "
+                "on top of which streamed layers cannot train; use prompt tuning or LoRA, or plain Trainer"
             )
 
 

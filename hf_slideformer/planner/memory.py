@@ -150,7 +150,8 @@ class MemoryModel:
         )
         # A checkpoint is written from where the state lives, and read to there; but for what is joined or read anew.
         every = [spec for specs in (workload.outside, *self._specs) for spec in specs]
-        self._saving = CHECKPOINT_PIECE_BYTES + max(map(_joined_bytes, every), default=0)
+        joined = max(map(_joined_bytes, every), default=0)
+        self._saving = CHECKPOINT_PIECE_BYTES + min(CHECKPOINT_PIECE_BYTES, joined)
         self._resuming = max(CHECKPOINT_BATCH_BYTES, *(_source_bytes([spec]) for spec in every), 0)
         profiles = workload.profile.units if workload.profile is not None else ()
         absent = [0] * (len(layouts) - len(profiles))
@@ -430,8 +431,8 @@ class MemoryModel:
     def peaks(self, decisions: Decisions) -> dict[str, dict[str, int]]:
         """Peak bytes by phase and tier.
 
-        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (a parameter that is not
-        saved as it lives is made anew, and pieces of what is on the GPU are brought to RAM), "resume" (weights are read
+        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (pieces of
+        what is on the GPU are brought to RAM, and pieces of split masters joined), "resume" (weights are read
         in batches before they are copied; the optimizer's state is read to where it lives).
         """
         disk = self.disk_bytes(decisions)

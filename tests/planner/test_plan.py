@@ -324,6 +324,11 @@ def test_bf16_weights_are_saved_as_they_are():
     assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 16 * MIB
 
 
+def test_large_masters_are_joined_in_pieces():
+    peaks = _plan(outside=(spec("embedding", 80 * MIB, source=torch.float32),)).peaks
+    assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 2 * 16 * MIB
+
+
 def test_what_a_checkpoint_needs_beside_training():
     plan = _plan(outside=(spec("embedding", 80 * MIB),))
     assert plan.peaks["resume"]["RAM"] - plan.peaks["train"]["RAM"] == 2 * 80 * MIB  # more than a batch

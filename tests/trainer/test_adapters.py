@@ -1,5 +1,7 @@
 """Checkpoints of a model with adapters: the adapters alone, as PEFT and plain Trainer write and read them."""
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -7,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_slideformer import CheckpointError, SlideAccelerator, SlideTrainer
+from hf_slideformer import CheckpointError, SlideAccelerator, SlideTrainer, UnsupportedModelError
 from hf_slideformer.checkpoint import joined_state_dict
 
 from .runs import Loop, Tokens, assert_same_weights, batches, llama, make, masters, plain_loop
@@ -157,3 +159,37 @@ def _losses(loop, tokens, accelerator=None):
         loop.optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+# What is tuned, where nothing of the model has to be named for it.
+OTHER_KINDS = {
+    "adalora": peft.AdaLoraConfig(total_step=10, tinit=1, tfinal=1, deltaT=1, target_modules=["q_proj"]),
+    "vera": peft.VeraConfig(target_modules=["q_proj"]),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "norms": peft.LNTuningConfig(target_modules=["input_layernorm"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3),
+    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # PEFT's word on norms
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_other_kinds_of_adapters_train_as_with_trainer(tmp_path, kind):
+    losses = []
+    for trainer_class in (Trainer, SlideTrainer):
+        model = llama(torch.float32)
+        torch.manual_seed(1)
+        config = copy.deepcopy(OTHER_KINDS[kind])
+        config.task_type = "CAUSAL_LM"
+        trainer = make(trainer_class, peft.get_peft_model(model, config), tmp_path / trainer_class.__name__)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    plain, ours = losses
+    assert ours == pytest.approx(plain, rel=1e-5) and len(ours) > 1
+    assert ours[0] != ours[-1]
+
+
+def test_prefix_tuning_is_refused_before_the_start(tmp_path):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(UnsupportedModelError, match=r"adapter 'default' is PREFIX_TUNING.*key-value cache"):
+        make(SlideTrainer, peft.get_peft_model(llama(torch.float32), config), tmp_path)
