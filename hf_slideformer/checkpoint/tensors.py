@@ -175,12 +175,16 @@ class _TensorFile:
                 self._write(entry)
 
     def _write(self, entry: TensorEntry) -> None:
-        assert entry.read is not None
         step = PIECE_BYTES // entry.dtype.itemsize
         for start in range(0, entry.numel, step):
-            piece = entry.read(start, min(start + step, entry.numel))
-            assert piece.dtype == entry.dtype, entry.name
-            self._append(_view_of(_bytes_of(piece)))
+            self._append_piece(entry, start, min(start + step, entry.numel))
+
+    def _append_piece(self, entry: TensorEntry, start: int, end: int) -> None:
+        """Append a piece, of which nothing is left when the next is read."""
+        assert entry.read is not None
+        piece = entry.read(start, end)
+        assert piece.dtype == entry.dtype, entry.name
+        self._append(_view_of(_bytes_of(piece)))
 
     def _append(self, data: memoryview) -> None:
         if self._file is None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..config import SlideConfig
 from ..errors import ConfigError, UnsupportedModelError
@@ -23,7 +25,8 @@ class Blueprint:
 
     `specs` is keyed by `id(parameter)`; `layouts`, of all units as if they streamed, belong to `units` one to one;
     `outside` are the parameters that no unit owns, `last_gradients` the names of those among them that come before the
-    units, so that backward reaches them last; `mapped` the names of those whose weights are pages of a file.
+    units, so that backward reaches them last; `mapped` the names of those whose weights are pages of a file, `remade`
+    of those that `save_pretrained` makes other tensors of.
     """
 
     units: list[UnitModule]
@@ -37,6 +40,7 @@ class Blueprint:
     moments: MomentFormat
     on_gpu: bool
     mapped: frozenset[str]
+    remade: frozenset[str]
 
     @classmethod
     def of(
@@ -90,6 +94,7 @@ class Blueprint:
             moments=MOMENT_FORMATS[config.optimizer_states],
             on_gpu=on_gpu,
             mapped=_mapped(model, specs),
+            remade=_remade(model, specs),
         )
 
     def workload(self, profile: ModelProfile | None, *, training: bool) -> Workload:
@@ -105,6 +110,7 @@ class Blueprint:
             on_gpu=self.on_gpu,
             last_gradients=self.last_gradients,
             mapped=self.mapped,
+            remade=self.remade,
         )
 
     def streamed_layouts(self, decisions: Decisions) -> list[UnitLayout]:
@@ -136,6 +142,20 @@ def _mapped(model: nn.Module, specs: dict[int, ParamSpec]) -> frozenset[str]:
     params = list(model.parameters())
     found = mapped_from_files(param.data for param in params)
     return frozenset(specs[id(param)].name for param, mapped in zip(params, found, strict=True) if mapped)
+
+
+def _remade(model: nn.Module, specs: dict[int, ParamSpec]) -> frozenset[str]:
+    if not isinstance(model, PreTrainedModel):
+        return frozenset()
+    empty = {}
+    for name, param in model.named_parameters():
+        empty[name] = torch.empty(param.shape, dtype=param.dtype, device="meta")
+        empty[name].source = specs[id(param)].name  # type: ignore[attr-defined]
+    # Without data; what comes back as the same object is at most renamed.
+    saved = {
+        getattr(value, "source", None) for value in revert_weight_conversion(model, dict(empty)).values()
+    }
+    return frozenset(value.source for value in empty.values()) - saved  # type: ignore[attr-defined]
 
 
 def _before_units(model: nn.Module, specs: dict[int, ParamSpec], owned: set[int]) -> frozenset[str]:

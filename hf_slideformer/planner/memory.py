@@ -151,7 +151,13 @@ class MemoryModel:
         # A checkpoint is written from where the state lives, and read to there; but for what is joined or read anew.
         every = [spec for specs in (workload.outside, *self._specs) for spec in specs]
         joined = max(map(_joined_bytes, every), default=0)
-        self._saving = CHECKPOINT_PIECE_BYTES + min(CHECKPOINT_PIECE_BYTES, joined)
+        # A piece, another that the C library has not given back, and one joined.
+        self._saving = 2 * CHECKPOINT_PIECE_BYTES + min(CHECKPOINT_PIECE_BYTES, joined)
+        # Of a unit all tensors are made at once that are saved instead of its own; one is copied twice on the way.
+        remade = [[spec for spec in specs if spec.name in workload.remade] for specs in self._specs]
+        self._remade = [_source_bytes(specs) for specs in remade]
+        self._remade_once = [max((_source_bytes([spec]) for spec in specs), default=0) for specs in remade]
+        self._remade_from = [sum(map(_joined_bytes, specs)) for specs in remade]
         self._resuming = max(CHECKPOINT_BATCH_BYTES, *(_source_bytes([spec]) for spec in every), 0)
         profiles = workload.profile.units if workload.profile is not None else ()
         absent = [0] * (len(layouts) - len(profiles))
@@ -431,9 +437,10 @@ class MemoryModel:
     def peaks(self, decisions: Decisions) -> dict[str, dict[str, int]]:
         """Peak bytes by phase and tier.
 
-        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (pieces of
-        what is on the GPU are brought to RAM, and pieces of split masters joined), "resume" (weights are read
-        in batches before they are copied; the optimizer's state is read to where it lives).
+        Phases: "load" (a model in RAM is moved to where its parts belong), "train", "save" (pieces of what
+        is on the GPU are brought to RAM, pieces of split masters joined; what is saved as other tensors is whole, a
+        unit at a time), "resume" (weights are read in batches before they are copied; the optimizer's state is read to
+        where it lives).
         """
         disk = self.disk_bytes(decisions)
         gpu, ram = self.gpu_peak(decisions), self.ram_train(decisions)
@@ -449,9 +456,17 @@ class MemoryModel:
             for item in self.ram_items(decisions)
             if item.what in ("inputs of units", "gradient staging")
         )
-        peaks["save"] = {"GPU": on_gpu, "RAM": ram + self._saving, "disk": disk}
+        peaks["save"] = {"GPU": on_gpu, "RAM": ram + self._saving + self._remaking(decisions), "disk": disk}
         peaks["resume"] = {"GPU": on_gpu, "RAM": ram - passing + self._resuming, "disk": disk}
         return peaks
+
+    def _remaking(self, decisions: Decisions) -> int:
+        """Bytes of the tensors that are made of a unit to be saved, and of what they are made of if RAM has it not."""
+        resident, peak = set(decisions.resident), 0
+        for unit, made in enumerate(self._remade):
+            made_from = self._remade_from[unit] or (made if unit in resident else 0)
+            peak = max(peak, made_from + made + self._remade_once[unit])
+        return peak
 
     def gpu_load(self, decisions: Decisions) -> int:
         """Bytes of the GPU when the model has been moved and nothing has run."""

@@ -204,7 +204,8 @@ def _phase_notes(plan: Plan) -> list[str]:
     for phase, reason in (
         (
             "save",
-            "beside the training state it holds a piece of a tensor on the GPU, or one parameter joined in fp32",
+            "beside the training state it holds pieces of tensors, and a unit's weights where they are saved as other "
+            "tensors",
         ),
         (
             "resume",

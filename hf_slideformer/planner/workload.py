@@ -31,6 +31,7 @@ class Workload:
         last_gradients: names of outside parameters whose gradient comes after the last unit's backward: an input
             embedding that is not tied to the head. The gradients of all others come before the units' backward.
         mapped: names of parameters whose weights are pages of a file until they are moved, and so take no RAM.
+        remade: names of parameters that are saved as other tensors, which are made of them (fused experts, one by one).
     """
 
     layouts: tuple[UnitLayout, ...]
@@ -43,6 +44,7 @@ class Workload:
     on_gpu: bool = True
     last_gradients: frozenset[str] = frozenset()
     mapped: frozenset[str] = frozenset()
+    remade: frozenset[str] = frozenset()
 
     @property
     def fp32_sums(self) -> bool:

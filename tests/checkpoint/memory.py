@@ -107,6 +107,8 @@ def main() -> None:
         trainer._save_checkpoint = measured
         trainer.train()
         result["rise"] = rise[0]
+        peaks_of = trainer.slide.plan.peaks
+        result["planned"] = peaks_of["save"]["RAM"] - peaks_of["train"]["RAM"]
     else:
         load = trainer._load_from_checkpoint
         peaks: list[int] = []

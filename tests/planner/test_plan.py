@@ -311,7 +311,7 @@ def test_peaks_of_all_phases():
     assert {phase: peak["RAM"] for phase, peak in plan.peaks.items()} == {
         "load": (3 * 4 + 4) * MIB,  # all as it came, and one unit's new weights and residual
         "train": train,
-        "save": train + (16 + 4) * MIB,  # a piece of what is on the GPU, and one parameter joined in fp32
+        "save": train + (2 * 16 + 4) * MIB,  # pieces of what is on the GPU, and one parameter joined in fp32
         "resume": train + 128 * MIB,  # weights that have been read, before they are where they belong
     }
     assert plan.peaks["load"]["GPU"] == (2 * 2 + 2 + 2) * MIB
@@ -321,12 +321,30 @@ def test_peaks_of_all_phases():
 
 def test_bf16_weights_are_saved_as_they_are():
     peaks = _plan().peaks
-    assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 16 * MIB
+    assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 2 * 16 * MIB
 
 
 def test_large_masters_are_joined_in_pieces():
     peaks = _plan(outside=(spec("embedding", 80 * MIB, source=torch.float32),)).peaks
-    assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 2 * 16 * MIB
+    assert peaks["save"]["RAM"] - peaks["train"]["RAM"] == 3 * 16 * MIB
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("resident", [(), (0,)])
+def test_what_is_saved_as_other_tensors_is_made_a_unit_at_a_time(source, resident):
+    fused, single = spec("fused", 40 * MIB, source=source), spec("single", 20 * MIB, source=source)
+    kept = spec("kept", MIB, source=source)
+    layouts = (lay_out([fused, single, kept]), lay_out([kept]))
+    activations = ("keep", "keep")
+    decisions = Decisions(resident=resident, activations=activations, slots=2, staging_buffers=0)
+
+    def saving(remade):
+        plan = _plan(layouts=layouts, outside=(), remade=frozenset(remade), decisions=decisions)
+        return plan.peaks["save"]["RAM"] - plan.peaks["train"]["RAM"]
+
+    made = 60 * MIB * source.itemsize
+    from_elsewhere = made if source == torch.float32 or resident else 0
+    assert saving(["fused", "single"]) - saving([]) == from_elsewhere + made + 40 * MIB * source.itemsize
 
 
 def test_what_a_checkpoint_needs_beside_training():
