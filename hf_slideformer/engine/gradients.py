@@ -33,6 +33,7 @@ from ..metrics import Metrics
 from ..optim.state import ParamState, UnitUpdate
 from ..optim.worker import UpdateWorker
 from .executor import Unit
+from .schedule import Tape
 
 # How many units' gradients may wait on the device for their copy before the compute stream waits for the oldest.
 _MAX_IN_FLIGHT = 2
@@ -59,8 +60,7 @@ class Gradients:
         take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
             more is added to it.
         disk: where units' files are; None if no state is on disk.
-        place: a unit's place in the forward order.
-        on_finish: called when a backward is complete.
+        tape: the order of units in forward; ends with backward.
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class Gradients:
         overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
         take_scale: Callable[[ParamState], float],
         disk: DiskState | None,
-        place: Callable[[Unit], int],
-        on_finish: Callable[[], None],
+        tape: Tape,
     ) -> None:
         self._device = device
         self._lane = lane
@@ -93,8 +92,7 @@ class Gradients:
         self._overlapped_update = overlapped_update
         self._take_scale = take_scale
         self._disk = disk
-        self._place = place
-        self._on_finish = on_finish
+        self._tape = tape
         self._task: int | None = None
         self._landing: dict[int, tuple[Unit, list[ParamState], list[Handle]]] = {}
         self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
@@ -244,7 +242,7 @@ class Gradients:
             unit.pending_update = self._worker.submit(
                 f"update of {unit.name}",
                 update,
-                priority=self._place(unit),
+                priority=self._tape.place(unit.index),
                 after=(handle, *unit_update.after),
                 dropped=drop,
             )
@@ -311,7 +309,7 @@ class Gradients:
         if not self._overlapped:
             while self._in_flight:  # all landed: nothing on the device waits for a copy any more
                 self._in_flight.popleft()
-        self._on_finish()
+        self._tape.restart()
 
     def _assign(self, unit: Unit, states: list[ParamState], handles: list[Handle]) -> None:
         for handle in handles:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
-from hf_slideformer.engine import engine as engine_module
+from hf_slideformer.engine import updates
 from hf_slideformer.errors import StateError, TransferError
 from tests.engine.loop import assert_same_bits, prepare, tiny_llama, train
 
@@ -30,7 +30,7 @@ def _fail_on_call(function, number, error):
 def test_a_failed_update_is_raised_with_its_cause_and_stops_the_engine(monkeypatch, update):
     run = prepare(tiny_llama(), config=SlideConfig(update=update))
     cause = MemoryError("out of arms")
-    monkeypatch.setattr(engine_module, "update_unit", _fail_on_call(engine_module.update_unit, 3, cause))
+    monkeypatch.setattr(updates, "update_unit", _fail_on_call(updates.update_unit, 3, cause))
     with pytest.raises((TransferError, StateError), match="out of arms") as caught:
         train(run, 3, max_norm=None)
     assert _has_cause(caught.value, cause)
@@ -102,13 +102,13 @@ def test_a_process_with_a_failed_worker_ends(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            from hf_slideformer.engine import engine
+            from hf_slideformer.engine import updates
             from tests.engine.loop import prepare, tiny_llama, train
 
             def fail(*args):
                 raise RuntimeError("broken on purpose")
 
-            engine.update_unit = fail
+            updates.update_unit = fail
             train(prepare(tiny_llama()), 3)
             """
         )
