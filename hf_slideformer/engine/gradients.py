@@ -189,10 +189,11 @@ class Gradients:
             self._assign(*earlier)
         if not unit.memory.grads_fp32:
             self._promote(unit)
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
         earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
         scales = {state.order: self._take_scale(state) for state in states}
+        # Last of what may raise: from here on the sum owns a staging buffer.
+        staged: list[HostBuffer] = []
+        handle = self._copy_staged(unit, staged, states, tensors)
 
         def add() -> None:
             with self._staging.returned(staged) as buffer:
@@ -223,9 +224,8 @@ class Gradients:
     def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
+        unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
         staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
-        unit_update = self._overlapped_update(unit, states)
 
         def update() -> None:
             with self._staging.returned(staged) as buffer:
@@ -238,6 +238,7 @@ class Gradients:
                     pass
 
         try:
+            handle = self._copy_staged(unit, staged, states, tensors)
             self._pool.invalidate_unit(unit.index)
             unit.pending_update = self._worker.submit(
                 f"update of {unit.name}",
