@@ -60,7 +60,7 @@ class Gradients:
         take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
             more is added to it.
         disk: where units' files are; None if no state is on disk.
-        tape: the order of units in forward; ends with backward.
+        tape: the order of units in forward; starts anew when a backward is complete.
     """
 
     def __init__(
