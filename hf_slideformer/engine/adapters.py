@@ -24,7 +24,7 @@ class AdapterMethod(ReplacedMethod):
     Args:
         module: the layer.
         name: of the method.
-        weights_in_hand: `SlideEngine.weights_in_hand`; held weakly.
+        weights_in_hand: `StateAccess.weights_in_hand`; held weakly.
     """
 
     def __init__(

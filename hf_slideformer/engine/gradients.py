@@ -33,6 +33,7 @@ from ..metrics import Metrics
 from ..optim.state import ParamState, UnitUpdate
 from ..optim.worker import UpdateWorker
 from .executor import Unit
+from .schedule import Tape
 
 # How many units' gradients may wait on the device for their copy before the compute stream waits for the oldest.
 _MAX_IN_FLIGHT = 2
@@ -59,8 +60,7 @@ class Gradients:
         take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
             more is added to it.
         disk: where units' files are; None if no state is on disk.
-        place: a unit's place in the forward order.
-        on_finish: called when a backward is complete.
+        tape: the order of units in forward; starts anew when a backward is complete.
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class Gradients:
         overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
         take_scale: Callable[[ParamState], float],
         disk: DiskState | None,
-        place: Callable[[Unit], int],
-        on_finish: Callable[[], None],
+        tape: Tape,
     ) -> None:
         self._device = device
         self._lane = lane
@@ -93,8 +92,7 @@ class Gradients:
         self._overlapped_update = overlapped_update
         self._take_scale = take_scale
         self._disk = disk
-        self._place = place
-        self._on_finish = on_finish
+        self._tape = tape
         self._task: int | None = None
         self._landing: dict[int, tuple[Unit, list[ParamState], list[Handle]]] = {}
         self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
@@ -191,10 +189,11 @@ class Gradients:
             self._assign(*earlier)
         if not unit.memory.grads_fp32:
             self._promote(unit)
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
         earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
         scales = {state.order: self._take_scale(state) for state in states}
+        # Last of what may raise: from here on the sum owns a staging buffer.
+        staged: list[HostBuffer] = []
+        handle = self._copy_staged(unit, staged, states, tensors)
 
         def add() -> None:
             with self._staging.returned(staged) as buffer:
@@ -225,9 +224,8 @@ class Gradients:
     def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
+        unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
         staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
-        unit_update = self._overlapped_update(unit, states)
 
         def update() -> None:
             with self._staging.returned(staged) as buffer:
@@ -240,11 +238,12 @@ class Gradients:
                     pass
 
         try:
+            handle = self._copy_staged(unit, staged, states, tensors)
             self._pool.invalidate_unit(unit.index)
             unit.pending_update = self._worker.submit(
                 f"update of {unit.name}",
                 update,
-                priority=self._place(unit),
+                priority=self._tape.place(unit.index),
                 after=(handle, *unit_update.after),
                 dropped=drop,
             )
@@ -311,7 +310,7 @@ class Gradients:
         if not self._overlapped:
             while self._in_flight:  # all landed: nothing on the device waits for a copy any more
                 self._in_flight.popleft()
-        self._on_finish()
+        self._tape.restart()
 
     def _assign(self, unit: Unit, states: list[ParamState], handles: list[Handle]) -> None:
         for handle in handles:

@@ -21,13 +21,13 @@ from ..optim.state import ParamState
 
 
 class HeldState:
-    """State that nobody changes until it has been read; made by `SlideEngine.hold`.
+    """State that nobody changes until it has been read; made by `Updates.hold`.
 
     Before the next update `request` is called; then, in any thread, each group in `order` is read inside of
     `reading(group)` and let go of by `release(group)`; `release_all` comes at the end, also after a failure.
 
     Args:
-        groups: states by unit, and last those outside of units: `SlideEngine.states_by_unit()`.
+        groups: states by unit, and last those outside of units: `PlacedState.by_unit()`.
         order: positions in `groups`, in the order in which their updates come.
         device: where some of it lives.
         borrow: fetches a group's state from disk; None if it lives elsewhere.

@@ -26,6 +26,11 @@ class Tape:
         self.recorded.append(unit)
         return len(self.recorded) - 1
 
+    def place(self, unit: int) -> int:
+        """The place of `unit` in the order of forward; last where it is not known."""
+        order = self.recorded or self.expected
+        return order.index(unit) if unit in order else len(order)
+
     def restart(self) -> None:
         """Begin a new step; what was recorded becomes what is expected."""
         if self.recorded:

@@ -81,6 +81,41 @@ class HostBuffer:
         return memoryview(self._map)[:nbytes]
 
 
+class PinBudget:
+    """How much RAM may be pinned, and how much is.
+
+    Args:
+        device: that copies to and from it; only for a GPU is anything pinned.
+        limit_bytes: at most so much; None sets no limit.
+    """
+
+    def __init__(self, device: torch.device, limit_bytes: int | None) -> None:
+        self._device, self._limit_bytes = device, limit_bytes
+        self._taken_bytes = 0
+        self._warned = False
+
+    def take(self, nbytes: int) -> bool:
+        """Whether `nbytes` more may be pinned; from then on they count. Warns once where the limit is in the way."""
+        if self._device.type != "cuda":
+            return False
+        if self._limit_bytes is not None and self._taken_bytes + nbytes > self._limit_bytes:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"pinned_memory={self._limit_bytes / 2**30:.2f} GiB is less than the engine wants to pin; the "
+                    "rest stays pageable, which makes its transfers synchronous and about half as fast",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return False
+        self._taken_bytes += nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        """Note that pinned memory was let go of."""
+        self._taken_bytes -= nbytes
+
+
 class MappedFile:
     """A file on disk that is used like a host buffer, by way of the page cache.
 

@@ -14,8 +14,9 @@ from transformers.integrations.integration_utils import TrackioCallback, WandbCa
 
 from hf_slideformer import accelerator as accelerator_module
 from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
-from hf_slideformer.engine import engine as engine_module
+from hf_slideformer.engine import updates as updates_module
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.updates import Updates
 from hf_slideformer.errors import CheckpointError, DiskError
 from hf_slideformer.trainer_checkpoints import _reads_saved
 
@@ -84,28 +85,28 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
     files, enqueued, too_early = Gated(), [], []
     trainer = _trainer(setting, tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    enqueue, update = SlideEngine._unit_update, engine_module.update_unit
+    enqueue, update = Updates._unit_update, updates_module.update_unit
 
-    def unit_update(engine, unit, *args, **kwargs):
-        result = enqueue(engine, unit, *args, **kwargs)
+    def unit_update(updates, unit, *args, **kwargs):
+        result = enqueue(updates, unit, *args, **kwargs)
         # Forward is over (and backward, where updates are deferred), and nothing has been written yet.
         if not files.gate.is_set():
             pending = trainer._pending_save
             enqueued.append((trainer.state.global_step, pending.checkpoint.target.name, unit.index))
             assert not pending.is_over and not pending.checkpoint.target.exists()
-            if len({index for *_, index in enqueued}) == len(engine.executor.units):
+            if len({index for *_, index in enqueued}) == len(trainer.slide.engine.executor.units):
                 files.gate.set()
         return result
 
     def update_unit(memory, grads, fp32, runs, threads):
-        held = trainer.slide.engine._held
+        held = trainer.slide.engine._updates.held
         first = runs[0].members[0]
         if held is not None and not held.released(held.group_of[first.order]).is_complete:
             too_early.append(first.name)
         update(memory, grads, fp32, runs, threads)
 
-    monkeypatch.setattr(SlideEngine, "_unit_update", unit_update)
-    monkeypatch.setattr(engine_module, "update_unit", update_unit)
+    monkeypatch.setattr(Updates, "_unit_update", unit_update)
+    monkeypatch.setattr(updates_module, "update_unit", update_unit)
     trainer.train()
     assert too_early == []
     units = range(len(trainer.slide.engine.executor.units))
@@ -129,18 +130,18 @@ def test_updates_of_resident_parameters_wait(tmp_path, monkeypatch, name):
     files, waited = Gated(), []
     trainer = _trainer(BY_NAME[name], tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    until_read = SlideEngine._until_read
+    until_read = Updates._until_read
 
-    def wait(engine, state):
-        held = engine._held
+    def wait(updates, state):
+        held = updates.held
         if not files.gate.is_set():
             assert not held.released(held.group_of[state.order]).is_complete
             waited.append(state.name)
             files.gate.set()
-        until_read(engine, state)
+        until_read(updates, state)
         assert held is None or held.released(held.group_of[state.order]).is_complete
 
-    monkeypatch.setattr(SlideEngine, "_until_read", wait)
+    monkeypatch.setattr(Updates, "_until_read", wait)
     trainer.train()
     assert len(waited) == 1
     assert trainer.slide.plan.decisions.resident == (0, 1)
@@ -227,7 +228,7 @@ def test_whoever_changes_state_waits(tmp_path, monkeypatch, how):
                     trainer.slide.synchronize()
                     assert (tmp_path / "checkpoint-2").exists()
                 else:
-                    patch.setattr(SlideEngine, "_wait_held", then_open(SlideEngine._wait_held))
+                    patch.setattr(Updates, "wait_held", then_open(Updates.wait_held))
                     if how == "load_state_dict":
                         doubled = {name: 2 * value for name, value in trainer.model.state_dict().items()}
                         trainer.model.load_state_dict(doubled)

@@ -9,7 +9,7 @@ from torch import nn
 from hf_slideformer import SlideConfig
 from hf_slideformer.errors import StateError, TransferError, UnsupportedModelError
 
-from .loop import prepare, tiny_llama, train
+from .loop import assert_same_bits, prepare, tiny_llama, train
 
 TOKENS = torch.arange(32).view(2, 16) % 96
 
@@ -144,6 +144,16 @@ def test_a_second_optimizer_starts_with_fresh_moments():
     run.engine.weights_changed()
     run.losses, run.norms = [], []
     assert train(run, 2).losses == train(fresh, 2).losses
+
+
+def test_a_refused_second_optimizer_changes_nothing():
+    from hf_slideformer import SlideAdamW
+
+    run = train(prepare(tiny_llama()), 2)
+    other = SlideAdamW(tiny_llama().parameters())
+    with pytest.raises(UnsupportedModelError, match="not in the prepared model"):
+        run.engine.attach_optimizer(other)
+    assert_same_bits(train(run, 2), train(train(prepare(tiny_llama()), 2), 2))
 
 
 def test_other_settings_on_a_prepared_model_are_refused():

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
-from hf_slideformer.engine import engine as engine_module
+from hf_slideformer.engine import updates
 from hf_slideformer.errors import StateError, TransferError
-from tests.engine.loop import assert_same_bits, prepare, tiny_llama, train
+from tests.engine.loop import assert_same_bits, decide, prepare, tiny_llama, train
 
 
 def _fail_on_call(function, number, error):
@@ -30,7 +30,7 @@ def _fail_on_call(function, number, error):
 def test_a_failed_update_is_raised_with_its_cause_and_stops_the_engine(monkeypatch, update):
     run = prepare(tiny_llama(), config=SlideConfig(update=update))
     cause = MemoryError("out of arms")
-    monkeypatch.setattr(engine_module, "update_unit", _fail_on_call(engine_module.update_unit, 3, cause))
+    monkeypatch.setattr(updates, "update_unit", _fail_on_call(updates.update_unit, 3, cause))
     with pytest.raises((TransferError, StateError), match="out of arms") as caught:
         train(run, 3, max_norm=None)
     assert _has_cause(caught.value, cause)
@@ -79,6 +79,56 @@ def test_a_failed_fetch_is_raised_and_the_next_one_works(monkeypatch):
     assert_same_bits(train(run, 3), reference)
 
 
+@pytest.mark.timeout(60)  # a staging buffer that is lost hangs
+def test_an_overlapped_update_that_cannot_be_made_keeps_no_staging_buffer():
+    overlapped = {"config": SlideConfig(update="overlapped"), "decisions": decide(staging_buffers=1)}
+    reference = train(prepare(tiny_llama(), **overlapped), 2, max_norm=None)
+    run = prepare(tiny_llama(), **overlapped)
+    groups = run.optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    for _ in range(2):
+        for group in groups:
+            group["lr"] = "fast"
+        with pytest.raises(ValueError, match="fast"):
+            _loss(run).backward()
+        run.engine.reset()
+    for group, lr in zip(groups, rates, strict=True):
+        group["lr"] = lr
+    assert_same_bits(train(run, 2, max_norm=None), reference)
+
+
+@pytest.mark.timeout(60)  # a staging buffer that is lost hangs
+def test_a_sum_that_cannot_be_made_keeps_no_staging_buffer():
+    summed = {"accumulates": True, "decisions": decide(staging_buffers=1)}
+    reference = train(prepare(tiny_llama(), **summed), 2, micro_batches=2)
+    run = prepare(tiny_llama(), **summed)
+    for _ in range(2):
+        _loss(run).backward()
+        run.engine.clip_grad_norm_(run.model.parameters(), 1e-3)
+        with torch.no_grad():
+            run.model.model.layers[2].mlp.up_proj.weight.grad.mul_(2.0)
+        with pytest.raises(StateError, match=r"layers\.2\.mlp\.up_proj\.weight was edited"):
+            _loss(run).backward()
+        run.engine.reset()
+    assert_same_bits(train(run, 2, micro_batches=2), reference)
+
+
+def test_a_reset_does_not_hide_the_cause(monkeypatch):
+    run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"))
+    cause = MemoryError("out of arms")
+    # That of the last unit in backward: nothing after it would notice.
+    monkeypatch.setattr(updates, "update_unit", _fail_on_call(updates.update_unit, 6, cause))
+    _loss(run).backward()
+    with pytest.raises(StateError, match="out of arms") as caught:
+        run.engine.reset()
+    assert caught.value.__cause__ is cause
+
+
+def _loss(run):
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    return run.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
 def test_an_interrupted_overlapped_backward_is_not_trusted():
     run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"))
     tokens = torch.zeros(2, 16, dtype=torch.long)
@@ -102,13 +152,13 @@ def test_a_process_with_a_failed_worker_ends(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            from hf_slideformer.engine import engine
+            from hf_slideformer.engine import updates
             from tests.engine.loop import prepare, tiny_llama, train
 
             def fail(*args):
                 raise RuntimeError("broken on purpose")
 
-            engine.update_unit = fail
+            updates.update_unit = fail
             train(prepare(tiny_llama()), 3)
             """
         )
