@@ -16,6 +16,7 @@ OLDEST_ACCELERATE := 1.15.0
 OLDEST_TRITON := 3.6.0
 BIN := $(VENV)/bin
 PIP_INSTALL := -m pip install --disable-pip-version-check -qq
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 # Nothing that runs from here asks a hub for anything or reports to anyone.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
@@ -80,7 +81,7 @@ clean:
 # the plain default is content with whatever is there. `torch.txt` pins what was installed and
 # constrains every later step.
 
-$(VENV)/.torch $(OLDEST)/.torch: FORCE
+$(VENV)/.torch: FORCE
 	@was=$$(cat $@ 2>/dev/null) || was=; \
 	if [ -z "$$was" ] || { [ "$(TORCH)" != torch ] && [ "$(TORCH)" != "$$was" ]; }; then \
 		set -ex; \
@@ -114,7 +115,10 @@ $(VENV)/.gpu: $(VENV)/.torch pyproject.toml
 	$(BIN)/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[liger]"
 	@touch $@
 
-$(OLDEST)/.test: $(OLDEST)/.torch pyproject.toml
-	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(OLDEST)/torch.txt -e ".[test]" \
+# Only what differs is installed: everything else is found in $(VENV), which comes later on the path.
+$(OLDEST)/.test: $(VENV)/.test
+	$(BIN)/python -m venv $(OLDEST)
+	$(BIN)/python -c $(SITE) > "$$($(OLDEST)/bin/python -c $(SITE))/newest.pth"
+	$(OLDEST)/bin/python $(PIP_INSTALL) -c $(VENV)/torch.txt -e ".[test]" \
 		"transformers==$(OLDEST_TRANSFORMERS)" "accelerate==$(OLDEST_ACCELERATE)" "triton==$(OLDEST_TRITON)"
 	@touch $@

@@ -8,6 +8,8 @@ for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A thread that spins while it waits for others takes the core that they need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Under pytest-xdist several processes share the cores; scripts that tests start count as well.
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 threads = max(1, min(2, os.cpu_count() or 1) // workers)

@@ -76,9 +76,9 @@ def _prepare(
 
 @pytest.mark.parametrize("states", ["fp32", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32 masters"])
-def test_twenty_steps_from_disk(tmp_path, dtype, states):
+def test_formats_of_state_on_disk(tmp_path, dtype, states):
     in_ram, state, everything = (
-        train(_prepare(tmp_path, decisions, dtype, optimizer_states=states), 20, max_norm=0.5)
+        train(_prepare(tmp_path, decisions, dtype, optimizer_states=states), 6, max_norm=0.5)
         for decisions in (decide(), decide(on_disk=ALL), PLACEMENTS["all, activations offloaded"])
     )
     assert 0 < state.engine.disk_bytes < everything.engine.disk_bytes
