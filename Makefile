@@ -21,8 +21,8 @@ SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_EVALUATE_OFFLINE=1 \
 	HF_HUB_DISABLE_TELEMETRY=1 TOKENIZERS_PARALLELISM=false
 
-# Tests of one file stay in one process, which shares what they set up.
-PARALLEL := -n $(JOBS) --dist loadfile
+# Neighbouring tests stay in one process, which shares what they set up; a process that is done takes from another.
+PARALLEL := -n $(JOBS) --dist worksteal
 
 .PHONY: help demo test test-gpu test-oldest kill-test bench docs check format clean FORCE
 .DELETE_ON_ERROR:

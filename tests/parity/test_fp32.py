@@ -1,6 +1,6 @@
 """In fp32 on the CPU, `SlideTrainer` produces what plain `Trainer` does.
 
-Same seed, twenty steps, clipping that clips, two micro-batches a step, warm-up and cosine, weight decay with its
+Same seed, ten or twenty steps, clipping that clips, two micro-batches a step, warm-up and cosine, weight decay with its
 no-decay group, ragged samples with labels of -100, an evaluation every five steps: losses, gradient norms and
 evaluation losses agree to 1e-5 relative, final weights to 1e-5 absolute.
 """
@@ -37,15 +37,19 @@ def _assert_parity(case: Case) -> tuple[harness.RunResult, harness.RunResult]:
 # Long enough for warm-up, the cosine's bend, two epochs and two evaluations.
 SHORT = dict(max_steps=10)
 
-FAMILIES = {name: Case(name) for name in MODELS}
+# Twenty steps, which cross three epochs, where they may add something to what one architecture's layers do.
+LONG = ("llama", "gpt2", "bart_layerdrop")
+
+FAMILIES = {name: Case(name, args={} if name in LONG else SHORT) for name in MODELS}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family(name):
     plain, _ = _assert_parity(FAMILIES[name])
     harness.assert_clips(plain)
-    assert len(plain.losses) == harness.STEPS
-    assert len(plain.eval_losses) == harness.STEPS // 5
+    steps = FAMILIES[name].args.get("max_steps", harness.STEPS)
+    assert len(plain.losses) == steps
+    assert len(plain.eval_losses) == steps // 5
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
@@ -156,8 +160,8 @@ NO_DECAY = {
 
 @pytest.mark.parametrize("name", NO_DECAY)
 def test_no_decay_group(name):
-    # At this weight decay a step shrinks a decayed parameter by up to 2 %, a thousand times what is tolerated.
-    case = Case(name, args=dict(weight_decay=20.0))
+    # At this weight decay a step shrinks a decayed parameter by up to 4 %, a thousand times what is tolerated.
+    case = Case(name, args=dict(weight_decay=40.0, **SHORT))
     plain, slide = _assert_parity(case)
     spared = [key for key in slide.trained if re.search(NO_DECAY[name], key)]
     decayed = sorted(slide.trained - set(spared))
@@ -165,7 +169,7 @@ def test_no_decay_group(name):
     for key in decayed:
         assert slide.weights[key].norm() < 0.9 * slide.initial[key].norm(), key
     for key in spared:
-        # Twenty steps of Adam cannot move it further than the sum of the learning rates.
+        # Ten steps of Adam cannot move it further than the sum of the learning rates.
         moved = (slide.weights[key] - slide.initial[key]).abs().max().item()
         assert 0 < moved < 1.1 * sum(plain.learning_rates), key
 
