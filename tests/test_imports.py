@@ -13,8 +13,14 @@ HEAVY = {"datasets", "evaluate", "liger_kernel", "trl", "peft", "matplotlib"}
 
 def top_level_modules_after(statement: str) -> set[str]:
     """Return the top-level names in sys.modules of a fresh interpreter, at the repository root, after it."""
-    program = (
-        f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))"
+    return top_level_modules_after_each(statement)[0]
+
+
+def top_level_modules_after_each(*statements: str) -> list[set[str]]:
+    """Return the same after each of several statements in one interpreter."""
+    program = "import json, sys\n" + "".join(
+        f"{statement}\nprint(json.dumps(sorted({{m.split('.')[0] for m in sys.modules}})))\n"
+        for statement in statements
     )
     # Without torch's hooks: ours is a module of the package, which `import torch` would import (tests/launch).
     environment = os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -22,7 +28,7 @@ def top_level_modules_after(statement: str) -> set[str]:
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    return set(json.loads(result.stdout.splitlines()[-1]))
+    return [set(json.loads(line)) for line in result.stdout.splitlines()[-len(statements) :]]
 
 
 def test_importing_the_package_imports_nothing_heavy():
@@ -35,8 +41,10 @@ def test_importing_the_kernels_imports_neither_the_package_nor_anything_heavy():
 
 
 def test_slide_trainer_imports_nothing_heavy_that_trainer_does_not():
-    trainer = top_level_modules_after("from transformers import Trainer")
-    slide_trainer = top_level_modules_after("from hf_slideformer import SlideTrainer")
+    trainer, slide_trainer = top_level_modules_after_each(
+        "from transformers import Trainer", "from hf_slideformer import SlideTrainer"
+    )
+    assert "transformers" in trainer and "hf_slideformer" in slide_trainer - trainer
     assert (slide_trainer - trainer) & HEAVY == set()
 
 

@@ -1,5 +1,7 @@
 """The throughput script runs end to end on a tiny shape and its rows say what docs/benchmarks/README.md says."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -9,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from . import check_plan
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import throughput
 
 SCRIPT = Path(__file__).with_name("throughput.py")
 ROOT = SCRIPT.parents[2]
@@ -70,18 +76,19 @@ MAY_BE_NULL = {
 }
 
 
-def rows_of(tmp_path: Path, *arguments: str) -> list[dict]:
+def row_of(tmp_path: Path, *arguments: str) -> dict:
+    """The row that the script writes, run in this process: importing everything again takes longer than a row."""
     out = tmp_path / "rows.jsonl"
-    result = subprocess.run(
-        [sys.executable, SCRIPT, *TINY, "--out", out, *arguments],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert throughput.main([*TINY, "--out", str(out), *arguments]) == 0
+    return written_and_printed(out, printed.getvalue())
+
+
+def written_and_printed(out: Path, printed: str) -> dict:
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"')]
-    return rows
+    assert rows == [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
+    (row,) = rows
+    return row
 
 
 def check_row(row: dict):
@@ -96,14 +103,21 @@ def check_row(row: dict):
 
 @pytest.fixture(scope="module")
 def baseline_row(tmp_path_factory):
-    (row,) = rows_of(tmp_path_factory.mktemp("baseline"), "--baseline")
-    return row
+    return row_of(tmp_path_factory.mktemp("baseline"), "--baseline")
 
 
 @pytest.fixture(scope="module")
 def slide_row(tmp_path_factory):
-    (row,) = rows_of(tmp_path_factory.mktemp("slide"), "--placement", "stream")
-    return row
+    """Of the script in a process of its own."""
+    out = tmp_path_factory.mktemp("slide") / "rows.jsonl"
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *TINY, "--out", out, "--placement", "stream"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return written_and_printed(out, result.stdout)
 
 
 def test_baseline_row(baseline_row):
@@ -114,7 +128,7 @@ def test_baseline_row(baseline_row):
 
 def test_the_plan_of_a_row_is_right(tmp_path):
     """`auto` placement on a part of this machine's RAM, as check_plan.py compares it."""
-    (row,) = rows_of(tmp_path, "--placement", "auto", "--slide", "gpu_memory=64MiB")
+    row = row_of(tmp_path, "--placement", "auto", "--slide", "gpu_memory=64MiB")
     check_row(row)
     assert row["plan"]["prediction"]["step_s"] > 0
     text, _ = check_plan.compare(row)  # times of a tiny model on a shared machine say nothing
@@ -131,7 +145,7 @@ def test_slide_row(slide_row):
 
 
 def test_slide_row_without_clipping(tmp_path):
-    (row,) = rows_of(tmp_path, "--max-grad-norm", "0")
+    row = row_of(tmp_path, "--max-grad-norm", "0")
     check_row(row)
     assert row["config"]["max_grad_norm"] == 0
     assert row["plan"]["update"] == "overlapped"

@@ -4,14 +4,17 @@
     python tests/checkpoint/memory.py resume DIRECTORY [LAYERS]
     python tests/checkpoint/memory.py save-experts DIRECTORY
     python tests/checkpoint/memory.py resume-experts DIRECTORY
+    python tests/checkpoint/memory.py save,resume DIRECTORY
 
-The experts are fused in memory and saved one by one. Prints JSON: bytes of the state, of the largest unit and its like,
+The experts are fused in memory and saved one by one. Several actions have a forked process each, after one import.
+Prints JSON: bytes of the state, of the largest unit and its like,
 and by how much the peak rose: in all, and while weights were loaded.
 """
 
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -61,9 +64,32 @@ class _AtFirstStep(TrainerCallback):
 
 
 def main() -> None:
-    """Train a step, or resume; measure; print."""
-    action, directory = sys.argv[1], Path(sys.argv[2])
+    """Take the actions one after the other."""
+    actions, directory = sys.argv[1].split(","), Path(sys.argv[2])
     layers = int(sys.argv[3]) if len(sys.argv) > 3 else 10
+    if len(actions) == 1:
+        measure(actions[0], directory, layers)
+        return
+    for action in actions:
+        child = os.fork()  # nothing has started a thread yet
+        if child == 0:
+            code = 1
+            try:
+                measure(action, directory, layers)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            sys.exit(f"{action} ended with {os.waitstatus_to_exitcode(status)}")
+
+
+def measure(action: str, directory: Path, layers: int) -> None:
+    """Train a step, or resume; measure; print."""
     resumes = action.startswith("resume")
     torch.set_num_threads(2)
     before = reset_peak()

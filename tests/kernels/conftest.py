@@ -221,6 +221,24 @@ def no_device_sync() -> Callable[[], contextlib.AbstractContextManager]:
     return refuse
 
 
+def patch_language_once() -> None:
+    """Keep Triton's interpreter from patching its language again at every call inside of a kernel.
+
+    It does so for functions of any module, though all modules share the patches, and that takes a third of the time.
+    """
+    from triton.runtime.interpreter import InterpretedFunction
+
+    call, patched = InterpretedFunction.__call__, set()
+
+    def call_patched(function, *args, **kwargs):
+        if function.fn.__module__ in patched:
+            return function.rewrite()(*args, **kwargs)
+        patched.add(function.fn.__module__)
+        return call(function, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call_patched
+
+
 @pytest.fixture(scope="module")
 def run_python(kernels_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Run a script in a subprocess and return its output: TRITON_INTERPRET is read when a kernel is defined."""

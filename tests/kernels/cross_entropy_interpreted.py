@@ -115,6 +115,7 @@ def check_whole(dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
+    conftest.patch_language_once()
     # Rows of nothing but -inf.
     warnings.filterwarnings("ignore", "(divide by zero|invalid value) encountered", RuntimeWarning)
     torch.set_num_threads(1)

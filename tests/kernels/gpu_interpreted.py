@@ -66,6 +66,7 @@ def compare_sums(numel: int, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
+    conftest.patch_language_once()
     for dtype in (torch.bfloat16, torch.float32):
         for numel in (0, 1537):
             compare_updates(numel, dtype)

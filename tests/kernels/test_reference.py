@@ -6,7 +6,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from slideformer_kernels import adamw_scalars, dequantize_moments, quantize_moments, reference
+from slideformer_kernels import (
+    adamw_fp32_,
+    adamw_fp32_8bit_,
+    adamw_scalars,
+    dequantize_moments,
+    quantize_moments,
+    reference,
+)
 
 SCALARS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -294,7 +301,28 @@ def test_rounding_is_fair():
             assert (codes - code).mean().item() == pytest.approx(fraction, abs=0.015)
 
 
-def test_second_moments_fall_and_rise_beside_their_neighbours():
+@pytest.fixture
+def take_step(assert_same_bits):
+    """Take one step with fp32 and one with 8-bit moments in the C kernels, which take a hundredth of the time.
+
+    Each fiftieth step is taken by the reference too and must have its bits; `test_cpu` compares them in general.
+    """
+
+    def step(theirs, moments, ours, codes, their_grad, our_grad, number, scalars):
+        operands = [theirs, their_grad, *moments], [ours, our_grad, *codes]
+        expected = [[x.clone() for x in one] for one in operands] if number % 50 == 1 else None
+        adamw_fp32_(*operands[0], scalars, threads=1)
+        adamw_fp32_8bit_(*operands[1], scalars, threads=1)
+        if expected is not None:
+            reference.adamw_fp32_(*expected[0], scalars)
+            reference.adamw_fp32_8bit_(*expected[1], scalars)
+            for x, y in zip(sum(operands, []), sum(expected, []), strict=True):
+                assert_same_bits(x, y, f"step {number}")
+
+    return step
+
+
+def test_second_moments_fall_and_rise_beside_their_neighbours(take_step):
     """Rounded to nearest, the ratios of a block's second moments freeze: a step moves them by less than a code.
 
     Half of the elements see gradients 10 times smaller from step 300 on. With beta2 = 0.99 their second
@@ -309,8 +337,7 @@ def test_second_moments_fall_and_rise_beside_their_neighbours():
         if step > 300:
             grad.view(-1, 128)[:, :64] *= 0.1
         scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=step)
-        reference.adamw_fp32_(theirs, grad, *moments, scalars)
-        reference.adamw_fp32_8bit_(param, grad, *codes, scalars)
+        take_step(theirs, moments, param, codes, grad, grad, step, scalars)
     ratio = (dequantize_moments(*codes)[1] / moments[1]).sqrt().view(-1, 128)
     assert ratio[:, :64].mean().item() == pytest.approx(1.0, abs=0.05)
     assert ratio[:, 64:].mean().item() == pytest.approx(1.0, abs=0.02)
@@ -376,7 +403,7 @@ def test_one_gradient_that_is_not_finite_poisons_its_block_only(bad):
 
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_8bit_moments_follow_the_trajectory_of_fp32_moments(beta2):
+def test_8bit_moments_follow_the_trajectory_of_fp32_moments(beta2, take_step):
     """200 steps down a noisy quadratic whose curvatures and noise differ by decades within each block.
 
     Both see the same noise. The distance between them stays below 6 % of the way gone (up to 4.2 % over 4
@@ -396,8 +423,8 @@ def test_8bit_moments_follow_the_trajectory_of_fp32_moments(beta2):
     for step in range(1, 201):
         scalars = adamw_scalars(lr=1e-2, beta1=0.9, beta2=beta2, eps=1e-8, weight_decay=0.0, step=step)
         z = noise * torch.randn(1000, generator=generator) / 2
-        reference.adamw_fp32_(theirs, curvature * (theirs - target) + z, *moments, scalars)
-        reference.adamw_fp32_8bit_(ours, curvature * (ours - target) + z, *codes, scalars)
+        their_grad, our_grad = (curvature * (x - target) + z for x in (theirs, ours))
+        take_step(theirs, moments, ours, codes, their_grad, our_grad, step, scalars)
         assert (ours - theirs).norm() <= 0.06 * theirs.norm(), step
         assert abs(loss(ours) - loss(theirs)) <= 0.06 * (start - loss(theirs)) + 1e-4 * start, step
     assert loss(ours) < 0.15 * start
