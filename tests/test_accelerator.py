@@ -198,8 +198,8 @@ def test_optimizers_of_two_models():
     loops = [runs.plain_loop(runs.llama(seed=seed)) for seed in (0, 1)]
     optimizers = accelerator.prepare(loops[1].optimizer, loops[0].optimizer)
     accelerator.prepare(loops[0].model, loops[1].model)
-    assert engine_of(loops[0].model)._optimizer is optimizers[1].optimizer
-    assert engine_of(loops[1].model)._optimizer is optimizers[0].optimizer
+    assert engine_of(loops[0].model)._updates.optimizer is optimizers[1].optimizer
+    assert engine_of(loops[1].model)._updates.optimizer is optimizers[0].optimizer
 
 
 def halves(model):
@@ -412,7 +412,7 @@ def test_free_memory_lets_go_of_the_engine():
     assert (accelerator._models, accelerator._optimizers) == ([], [])
     second = runs.plain_loop()
     accelerator.prepare(second.model, second.optimizer)
-    assert engine_of(second.model)._optimizer is not None
+    assert engine_of(second.model)._updates.optimizer is not None
 
 
 def test_plan_after_free_memory_counts_on_the_batches_of_the_next_loader():
