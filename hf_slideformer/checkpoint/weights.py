@@ -31,6 +31,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..engine.engine import SlideEngine
 from ..engine.held import HeldState
+from ..engine.model_source import without_data
 from ..engine.replaced import ReplacedMethod
 from ..optim.state import ParamState
 from ..planner.memory import CHECKPOINT_BATCH_BYTES
@@ -140,8 +141,7 @@ def saved_layout(model: nn.Module) -> dict[str, torch.Tensor] | None:
     live = _saved_tensors(model)
     if live is None:
         return None
-    # Without data: what comes back as the same object was at most renamed.
-    return revert_weight_conversion(model, {name: _without_data(name, v) for name, v in live.items()})
+    return revert_weight_conversion(model, {name: without_data(name, v) for name, v in live.items()})
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
@@ -288,14 +288,8 @@ def live_layout(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, value in model.state_dict().items():
         if value.data_ptr() not in seen or not value.numel():
             seen.add(value.data_ptr())
-            layout[name] = _without_data(name, value)
+            layout[name] = without_data(name, value)
     return layout
-
-
-def _without_data(name: str, value: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(value, device="meta")
-    empty.source = name  # type: ignore[attr-defined]
-    return empty
 
 
 def add_live_weights(model: nn.Module, path: Path, tensors: TensorFiles) -> None:

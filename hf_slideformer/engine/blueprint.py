@@ -16,6 +16,7 @@ from ..memory.mappings import mapped_from_files
 from ..planner.profile import ModelProfile
 from ..planner.workload import Decisions, Workload
 from .loss import HeadChoice, find_head, output_embeddings
+from .model_source import without_data
 from .units import UnitModule, check_no_hooks, find_units, param_spec
 
 
@@ -147,15 +148,10 @@ def _mapped(model: nn.Module, specs: dict[int, ParamSpec]) -> frozenset[str]:
 def _remade(model: nn.Module, specs: dict[int, ParamSpec]) -> frozenset[str]:
     if not isinstance(model, PreTrainedModel):
         return frozenset()
-    empty = {}
-    for name, param in model.named_parameters():
-        empty[name] = torch.empty(param.shape, dtype=param.dtype, device="meta")
-        empty[name].source = specs[id(param)].name  # type: ignore[attr-defined]
-    # Without data; what comes back as the same object is at most renamed.
-    saved = {
-        getattr(value, "source", None) for value in revert_weight_conversion(model, dict(empty)).values()
-    }
-    return frozenset(value.source for value in empty.values()) - saved  # type: ignore[attr-defined]
+    live = {name: without_data(specs[id(p)].name, p.data) for name, p in model.named_parameters()}
+    saved = revert_weight_conversion(model, live).values()
+    names = {specs[id(param)].name for param in model.parameters()}
+    return frozenset(names - {getattr(value, "source", None) for value in saved})
 
 
 def _before_units(model: nn.Module, specs: dict[int, ParamSpec], owned: set[int]) -> frozenset[str]:

@@ -18,6 +18,16 @@ _AUTO_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, A
 _MOST_OF_A_REASON = 300
 
 
+def without_data(source: str, value: torch.Tensor) -> torch.Tensor:
+    """A tensor like `value` on the meta device whose `source` is its name, to see what becomes of it.
+
+    What transformers hands back as the same object, it has at most renamed.
+    """
+    empty = torch.empty_like(value, device="meta")
+    empty.source = source  # type: ignore[attr-defined]
+    return empty
+
+
 def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration that `source` names; of a model on the hub nothing else is fetched.
 

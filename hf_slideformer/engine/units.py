@@ -146,9 +146,10 @@ def check_no_filled_cache(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` for adapters that hand layers a key-value cache to train (PEFT's prefix tuning)."""
     for name, config in getattr(model, "peft_config", {}).items():
         kind = getattr(config, "peft_type", None)
-        if getattr(kind, "value", kind) in _FILLED_CACHES:
+        kind = getattr(kind, "value", kind)  # an enumeration, or its text
+        if kind in _FILLED_CACHES:
             raise UnsupportedModelError(
-                f"adapter {name!r} is {getattr(kind, 'value', kind)}: it puts what it trains into the key-value cache, "
+                f"adapter {name!r} is {kind}: it puts what it trains into the key-value cache, "
                 "on top of which streamed layers cannot train; use prompt tuning or LoRA, or plain Trainer"
             )
 

@@ -7,8 +7,8 @@
     python tests/checkpoint/memory.py save,resume DIRECTORY
 
 The experts are fused in memory and saved one by one. Several actions have a forked process each, after one import.
-Prints JSON: bytes of the state, of the largest unit and its like,
-and by how much the peak rose: in all, and while weights were loaded.
+Prints JSON for each: bytes of the state, of the largest unit and its like, and by how much the peak rose: in all, as
+was planned, and while weights were loaded.
 """
 
 import json

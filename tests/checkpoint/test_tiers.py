@@ -111,10 +111,8 @@ def test_placement_on_a_gpu_is_not_in_a_checkpoint(tmp_path, deterministic, bf16
         },
     }
     runs = {}
-    for (
-        name,
-        slide,
-    ) in settings.items():  # one after another: making a trainer sets the seed that its samples come by
+    # One after another: making a trainer sets the seed that its samples come by.
+    for name, slide in settings.items():
         runs[name] = _trainer(tmp_path / name, slide, seed=0, bf16=bf16, on_gpu=True)
         runs[name].train()
     expected = final_state(runs["auto"])

@@ -37,7 +37,7 @@ def plain():
     return functools.cache(lambda *how: _run(decide(resident=ALL, keep=ALL), *how))
 
 
-STEPS = 5  # from the third on every slot, buffer and moment has been used before
+STEPS = 10
 
 
 def _run(decisions, dtype, micro_batches, delays=None):

@@ -156,8 +156,8 @@ NO_DECAY = {
 
 @pytest.mark.parametrize("name", NO_DECAY)
 def test_no_decay_group(name):
-    # At this weight decay a step shrinks a decayed parameter by up to 4 %, a thousand times what is tolerated.
-    case = Case(name, args=dict(weight_decay=40.0, **SHORT))
+    # At this weight decay a step shrinks a decayed parameter by up to 2 %, a thousand times what is tolerated.
+    case = Case(name, args=dict(weight_decay=20.0))
     plain, slide = _assert_parity(case)
     spared = [key for key in slide.trained if re.search(NO_DECAY[name], key)]
     decayed = sorted(slide.trained - set(spared))
@@ -165,7 +165,7 @@ def test_no_decay_group(name):
     for key in decayed:
         assert slide.weights[key].norm() < 0.9 * slide.initial[key].norm(), key
     for key in spared:
-        # Ten steps of Adam cannot move it further than the sum of the learning rates.
+        # Twenty steps of Adam cannot move it further than the sum of the learning rates.
         moved = (slide.weights[key] - slide.initial[key]).abs().max().item()
         assert 0 < moved < 1.1 * sum(plain.learning_rates), key
 
