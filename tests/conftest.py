@@ -46,6 +46,16 @@ def pytest_sessionfinish():
 
 
 @pytest.fixture
+def fresh_accelerate_state():
+    """Accelerate keeps precision and plugins for the whole process: another test's do not count in this one."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def deterministic():
     """Deterministic algorithms, as `full_determinism=True` sets them."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -18,13 +18,7 @@ from hf_slideformer.engine.engine import engine_of
 from hf_slideformer.errors import ConfigError, PlanError, StateError, UnsupportedModelError
 from tests.trainer import runs
 
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    """Accelerate keeps precision and plugins for the whole process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
 
 
 def prepared(**options):

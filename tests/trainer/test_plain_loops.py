@@ -14,6 +14,8 @@ from hf_slideformer.errors import StateError
 
 from . import runs
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")
+
 
 def assert_same_as_plain(body, **slide_options):
     """`body(loop)` leaves the same weights, and returns the same numbers, with and without streaming."""
