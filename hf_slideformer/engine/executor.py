@@ -37,15 +37,12 @@ from ..memory.pinned import HostBuffer
 from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
+from .caches import check_empty, is_cache
 from .captured import captured, captured_lengths
 from .recompute import SavedActivations
 from .replaced import ReplacedMethod
 from .schedule import Tape, after_backward, after_forward
 from .units import Owner, UnitModule, check_no_hooks
-
-# Arguments that hold a key-value cache. While gradients flow they must be empty: a recompute would append to the
-# cache a second time, which leaves the loss right and makes the gradients silently wrong.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 # Inputs that are on their way back from RAM while a unit runs backward.
 _OFFLOAD_DEPTH = 2
@@ -203,9 +200,7 @@ class Executor:
         if not torch.is_grad_enabled():
             # What is trainable does not matter here: PEFT freezes adapters while they are disabled.
             return self._run_plain(unit, args, kwargs, check_trainable=False)
-        names = (*unit.argument_names, *("" for _ in args))
-        args = tuple(_without_cache(name, value) for name, value in zip(names, args, strict=False))
-        kwargs = {name: _without_cache(name, value) for name, value in kwargs.items()}
+        args, kwargs = _without_caches(unit, args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not unit.trainable and not any(tensor.requires_grad for tensor in (*tensors, *unit.shared)):
@@ -482,16 +477,23 @@ class _UnitFunction(torch.autograd.Function):
         return None, None, *call.executor.run_backward(call, grads, with_params=with_params)
 
 
-def _without_cache(name: str, value: Any) -> Any:
-    """An argument as it may be while gradients flow: no key-value cache, and none asked for."""
-    if name in _CACHE_ARGUMENTS:
-        if value is not None and getattr(value, "get_seq_length", int)() > 0:
-            raise UnsupportedModelError(
-                f"{name} already holds {value.get_seq_length()} positions while gradients are on; streamed layers "
-                "cannot train on top of a filled key-value cache (prefix tuning); use plain Trainer"
-            )
-        return None
-    return False if name == "use_cache" else value
+def _without_caches(unit: Unit, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A layer's arguments as they may be while gradients flow: no key-value cache, and none asked for."""
+    if "use_cache" in unit.argument_names[: len(args)]:
+        position = unit.argument_names.index("use_cache")
+        args = (*args[:position], False, *args[position + 1 :])
+    if "use_cache" in kwargs:
+        kwargs = {**kwargs, "use_cache": False}
+    # Layers that say so only read what others have filled, which a recompute finds as it was.
+    if getattr(unit.found.module, "_can_checkpoint_with_cache", False):
+        return args, kwargs
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
+    caches = [leaf for leaf in leaves if is_cache(leaf)]
+    if not caches:
+        return args, kwargs
+    for cache in caches:
+        check_empty(cache)
+    return pytree.tree_unflatten([None if is_cache(leaf) else leaf for leaf in leaves], spec)
 
 
 _TENSOR = object()  # stands for a tensor in a flattened structure
