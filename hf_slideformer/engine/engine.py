@@ -314,6 +314,7 @@ class SlideEngine:
             staging=staging,
             overlapped_update=self._updates.overlapped_update,
             take_scale=self._clipping.take_scale,
+            units=self._placed.streamed,
             disk=self._disk.state if self._disk is not None else None,
             tape=self.executor.tape,
         )
