@@ -42,6 +42,7 @@ from .checkpoint import (
 )
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
+from .engine.clipping import clip_grad_norm_
 from .engine.engine import SlideEngine, engine_of
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
 from .errors import CheckpointError, StateError, UnsupportedModelError
@@ -282,12 +283,12 @@ class SlideAccelerator(Accelerator):
         return prepared
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
-        """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
+        """The global gradient norm before clipping; see `hf_slideformer.engine.clipping.clip_grad_norm_`."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        for model in self._models:
-            engine = engine_of(model)
-            if engine is not None and any(engine.owns(param) for param in parameters):
-                return engine.clip_grad_norm_(parameters, max_norm, norm_type)
+        engines = dict.fromkeys(filter(None, map(engine_of, self._models)))
+        used = [engine.clipping for engine in engines if any(map(engine.owns, parameters))]
+        if used:
+            return clip_grad_norm_(used, parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import threading
@@ -47,9 +48,9 @@ from ..planner.workload import Decisions
 from .access import StateAccess
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
-from .clipping import Clipping
+from .clipping import Clipping, clip_grad_norm_
 from .executor import Executor, Unit, UnitForward, check_unchanged
-from .gradients import Gradients
+from .gradients import Gradients, set_gradient
 from .held import HeldState
 from .hooks import Hook
 from .loss import defer_logits
@@ -57,7 +58,7 @@ from .on_disk import UnitsOnDisk
 from .outside import OutsideUpdates
 from .placed import PlacedState
 from .planning import find_budgets, plan_for
-from .units import check_has_data
+from .units import check_has_data, check_no_hooks
 from .updates import Failure, Updates
 
 logger = logging.getLogger(__name__)
@@ -190,13 +191,13 @@ class SlideEngine:
         self.executor = Executor(device, units, self.pool, offload, self, self.check)
         for unit in units:
             unit.found.module.forward = UnitForward(self.executor, unit)
-        self._clipping = Clipping(self.states, device, overlapped=self.overlapped)
+        self.clipping = Clipping(self.states, device, overlapped=self.overlapped)
         self._updates = Updates(
             self._placed,
             outside=self._outside_updates(),
             worker=self._worker,
             tape=self.executor.tape,
-            clipping=self._clipping,
+            clipping=self.clipping,
             failure=self._failure,
             metrics=self.metrics,
             device=device,
@@ -204,6 +205,8 @@ class SlideEngine:
             threads=config.cpu_threads or default_update_threads(device),
         )
         self._access = StateAccess(self._placed, self._updates, self.pool)
+        # Resident parameters whose gradient became an fp32 sum, for a second backward that nobody had announced.
+        self._promoted: list[ParamState] = []
         self._logits_readers: set[str] = set()
         self._said: list[str] = []
         if blueprint.head.module is not None:
@@ -286,12 +289,17 @@ class SlideEngine:
         if first:
             while self._gradient_hooks:
                 self._gradient_hooks.pop().remove()
+            self._gradient_hooks += [
+                state.param.register_hook(Hook(self, functools.partial(SlideEngine._before_sum, state=state)))
+                for state in self.states
+                if state.unit is None and state.param.requires_grad
+            ]
             if self.overlapped:
                 self._update_residents_in_backward()
         self._updates.use(optimizer)
         optimizer.bind(self)
         self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
-        self.gradients = self._make_gradients()
+        self.gradients = self.clipping.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
         layouts = self._blueprint.streamed_layouts(self.plan.decisions)
@@ -313,7 +321,7 @@ class SlideEngine:
             overlapped=self.overlapped,
             staging=staging,
             overlapped_update=self._updates.overlapped_update,
-            take_scale=self._clipping.take_scale,
+            take_scale=self.clipping.take_scale,
             units=self._placed.streamed,
             disk=self._disk.state if self._disk is not None else None,
             tape=self.executor.tape,
@@ -323,12 +331,16 @@ class SlideEngine:
 
     def begin_forward(self) -> None:
         """See `GradientSink`."""
-        outside = [state for state in self.states if state.unit is None]
-        for state in outside:
-            check_unchanged(state)
-        self._updates.check_used_once()
-        # Autograd is about to add to these gradients, so their clip coefficients are due now.
-        self._clipping.apply(outside)
+        for state in self.states:
+            if state.unit is None:
+                check_unchanged(state)
+        for unit in self.executor.units:
+            for name, param in unit.found.parameters.items() if not unit.streamed else ():
+                check_no_hooks(name, param)
+        for state in self._promoted:
+            if state.param.grad is None:  # a step is over
+                state.param.grad_dtype = state.spec.dtype
+        self._promoted = [state for state in self._promoted if state.param.grad is not None]
 
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
@@ -336,6 +348,19 @@ class SlideEngine:
             self._refuse_backward()
         assert self.gradients is not None
         self.gradients.begin_unit(unit)
+
+    def _before_sum(self, _grad: torch.Tensor, *, state: ParamState) -> None:
+        """Called when autograd is about to fill the gradient of a resident parameter, or to add to it."""
+        if self.executor.in_unit:
+            return
+        self._updates.check_used_once(state)
+        grad = state.param.grad
+        if grad is None:
+            return
+        self.clipping.apply([state])  # what is added is not to be multiplied by it
+        if grad.dtype != torch.float32:  # as sums in RAM are
+            set_gradient(state, grad.float())
+            self._promoted.append(state)
 
     def _refuse_backward(self, *_: object) -> None:
         raise StateError(
@@ -368,27 +393,15 @@ class SlideEngine:
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
-        """Clip the global gradient norm, as `torch.nn.utils.clip_grad_norm_` does, without touching gradients.
-
-        The coefficient is applied inside the update. Per parameter the sum of squares has one fixed summation
-        tree; parameters are added in registration order in float64.
+        """Clip the global gradient norm without touching gradients; see `clipping.clip_grad_norm_`.
 
         Args:
-            parameters: normally all of the model's; a subset is clipped in place by torch's own function.
+            parameters: of this model, and any others.
             max_norm: the largest norm; inf only measures.
             norm_type: 2.0, or any other norm by torch's own function.
-
-        Returns:
-            The norm before clipping, 0-dim fp32. With overlapped updates it lives on the device and is not
-            waited for.
-
-        Raises:
-            StateError: a finite `max_norm` after overlapped updates have started.
         """
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if self.gradients is None:
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        return self._clipping.clip(self.gradients, params, max_norm, norm_type)
+        return clip_grad_norm_([self.clipping], params, max_norm, norm_type)
 
     def param_state(self, param: torch.Tensor) -> ParamState:
         """See `OptimizerBackend`."""
@@ -409,8 +422,9 @@ class SlideEngine:
         """
         self.check()
         assert self.gradients is not None
+        self.gradients.check_used_up()
         self._updates.step()
-        self._clipping.clear()
+        self.clipping.clear()
         self.gradients.forget_norms()
         self.executor.tape.restart()
         for unit in self.executor.units:
@@ -475,7 +489,7 @@ class SlideEngine:
         self._updates.abandon()
         for state in self.states:
             state.param.grad = None
-        self._clipping.clear()
+        self.clipping.clear()
         self.executor.tape.recorded.clear()
         for unit in self.executor.units:
             unit.forwards_since_step = 0

@@ -176,6 +176,9 @@ class Executor:
         self._parked: list[weakref.ref[UnitCall]] = []
         self.sink = sink
         self.check = check
+        # While a unit is differentiated alone, which calls hooks on resident parameters too, once more than autograd's
+        # own run does when it fills their gradients.
+        self.in_unit = False
         self.tape = Tape(tuple(unit.index for unit in units))
         # Gives the Function an input that requires grad where the embedding is frozen.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -303,6 +306,14 @@ class Executor:
             for parked in call.parked.values() if call is not None else ():
                 self.offload.fetch(parked)
 
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        self.in_unit = True
+        try:
+            yield
+        finally:
+            self.in_unit = False
+
     def _unpark(self, call: UnitCall) -> None:
         for position, parked in call.parked.items():
             call.inputs[position].data = self.offload.take(parked)
@@ -367,7 +378,7 @@ class Executor:
             results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
             if pairs:
                 # Bound: a layer that checkpoints a part of itself runs that part again in here.
-                with bound(unit, lease):
+                with bound(unit, lease), self._differentiating():
                     results = torch.autograd.grad(
                         [edge for edge, _ in pairs],
                         [*wanted_inputs, *wanted_leaves],
