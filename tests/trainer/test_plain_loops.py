@@ -252,7 +252,7 @@ def test_model_zero_grad_between_forward_and_backward_after_a_clip():
             loss = loop.loss(tokens)
             loop.model.zero_grad()
             loss.backward()
-            loop.clip(0.1)
+            loop.clip(loop.model.parameters(), 0.1)
             loop.optimizer.step()
 
     assert_same_as_plain(body)
