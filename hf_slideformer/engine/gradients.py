@@ -25,9 +25,8 @@ from ..memory.disk_state import DiskState
 from ..memory.layout import Span
 from ..memory.manager import grad_view
 from ..memory.offload import TensorOffload
-from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
-from ..memory.staging import StagingBuffers
+from ..memory.staging import Staged, StagingBuffers
 from ..memory.transfer import Handle, Lane, compute_event
 from ..metrics import Metrics
 from ..optim.state import ParamState, UnitUpdate
@@ -172,14 +171,17 @@ class Gradients:
         unit.memory.allocate_gradients(fp32=False)
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
+        staged = self._staging.staged()
 
         def write() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 disk.write(unit.index, buffer, span)
 
-        done = disk.writes.submit(f"gradients of {unit.name} to disk", write, after=(handle,))
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = disk.writes.submit(
+                f"gradients of {unit.name} to disk", write, after=(handle,), dropped=staged.drop
+            )
         self._landing[unit.index] = (unit, states, [handle, done])
         return handle
 
@@ -192,11 +194,10 @@ class Gradients:
         earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
         scales = {state.order: self._take_scale(state) for state in states}
         # Last of what may raise: from here on the sum owns a staging buffer.
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
+        staged = self._staging.staged()
 
         def add() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 for state in states:
                     source = grad_view(buffer, state.segment, fp32=False)
                     target = unit.memory.gradient(state.segment)
@@ -213,9 +214,15 @@ class Gradients:
                         accumulate_(target, source)
                     self._squares[state.order] = (sum_of_squares(target), None)
 
-        done = self._worker.submit(
-            f"gradient sum of {unit.name}", add, priority=_SUM_PRIORITY, after=(handle,)
-        )
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = self._worker.submit(
+                f"gradient sum of {unit.name}",
+                add,
+                priority=_SUM_PRIORITY,
+                after=(handle,),
+                dropped=staged.drop,
+            )
         for state in states:
             state.param.grad = None  # part of the sum now; comes back with it
         self._landing[unit.index] = (unit, states, [handle, done])
@@ -225,17 +232,15 @@ class Gradients:
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
         unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
-        staged: list[HostBuffer] = []
+        staged = self._staging.staged()
 
         def update() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 unit_update.run(buffer)
 
         def drop() -> None:
             unit_update.drop()
-            if staged:  # or a backward that waits for the buffer would wait for ever
-                with self._staging.returned(staged):
-                    pass
+            staged.drop()  # or a backward that waits for the buffer would wait for ever
 
         try:
             handle = self._copy_staged(unit, staged, states, tensors)
@@ -248,7 +253,7 @@ class Gradients:
                 dropped=drop,
             )
         except BaseException:
-            unit_update.drop()
+            drop()
             raise
         return handle
 
@@ -264,19 +269,12 @@ class Gradients:
         )
 
     def _copy_staged(
-        self, unit: Unit, staged: list[HostBuffer], states: list[ParamState], tensors: list[torch.Tensor]
+        self, unit: Unit, staged: Staged, states: list[ParamState], tensors: list[torch.Tensor]
     ) -> Handle:
         def copy() -> None:
-            buffer = self._staging.take()
-            staged.append(buffer)
-            try:
+            with staged.filled() as buffer:
                 for state, grad in zip(states, tensors, strict=True):
                     grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
-            except BaseException:
-                with self._staging.returned(
-                    staged
-                ):  # nobody else will: who waits for this copy fails with it
-                    raise
 
         return self._lane.submit(
             f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
@@ -329,9 +327,9 @@ class Gradients:
         """Forget gradients of a backward that did not finish, once nothing is writing them."""
         for _, _, handles in self._landing.values():
             for handle in handles:
-                settle(handle)
+                handle.settle()
         for handle, _ in self._in_flight:
-            settle(handle)
+            handle.settle()
         self._landing.clear()
         self._in_flight.clear()
         self._squares.clear()
@@ -380,11 +378,3 @@ def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
 
 def _identity(grad: torch.Tensor) -> tuple[int, int]:
     return grad.data_ptr(), grad._version
-
-
-def settle(handle: Handle) -> None:
-    """Wait until nothing works on what `handle` stands for, whether it succeeded or not."""
-    try:
-        handle.wait_host()
-    except Exception:  # noqa: BLE001 - reported to whoever needed the result
-        return
