@@ -30,7 +30,7 @@ from .engine.follow import follow
 from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
-from .errors import ConfigError, SlideFormerError, StateError, UnsupportedModelError
+from .errors import ConfigError, SlideFormerError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
 from .planner.plan import Plan
@@ -319,8 +319,8 @@ class SlideTrainerMixin(CheckpointMixin):
             if engine is not None:
                 try:
                     engine.reset()
-                except StateError as broken:
-                    raise broken from error
+                except Exception as broken:  # noqa: BLE001 - every later use of the engine raises it again
+                    error.add_note(f"Training cannot go on after this: {broken}")
             raise
 
 

@@ -423,7 +423,13 @@ class SlideEngine:
         self.check()
         assert self.gradients is not None
         self.gradients.check_used_up()
-        self._updates.step()
+        steps = [state.step for state in self.states]
+        try:
+            self._updates.step()
+        except BaseException as error:
+            if steps != [state.step for state in self.states]:
+                self._failure.note(error)  # some parameters are a step ahead of the others
+            raise
         self.clipping.clear()
         self.gradients.forget_norms()
         self.executor.tape.restart()
@@ -477,16 +483,22 @@ class SlideEngine:
     def reset(self) -> None:
         """Make the engine usable after an exception between forward and backward, or inside either.
 
-        Pending gradients of the interrupted backward are dropped.
+        Pending gradients of the interrupted backward are dropped, and so is every lease.
 
         Raises:
-            StateError: some units were already updated by an interrupted overlapped backward.
+            StateError: some units were already updated by an interrupted overlapped backward, or some parameters by an
+                interrupted step.
         """
         if self.gradients is not None:
             self.gradients.abandon()
         self.executor.offload.abandon()
         self.executor.drop_inputs()
         self._updates.abandon()
+        # What was cut short between submitting work and keeping its handle.
+        for lane in self._lanes:
+            lane.drain()
+        self._worker.drain()
+        self.pool.reset()
         for state in self.states:
             state.param.grad = None
         self.clipping.clear()

@@ -197,8 +197,12 @@ class Executor:
             lease = self.pool.acquire(unit)
         else:
             lease = Lease.nothing()
-        for index in following:
-            self.pool.prefetch(self.units[index], keep=(unit.index, *following))
+        try:
+            for index in following:
+                self.pool.prefetch(self.units[index], keep=(unit.index, *following))
+        except BaseException:
+            lease.release()  # the caller does not have it yet
+            raise
         return lease
 
     def _following(self, unit: Unit) -> tuple[int, ...]:

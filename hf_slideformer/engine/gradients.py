@@ -33,9 +33,8 @@ from ..memory.disk_state import DiskState
 from ..memory.layout import Span
 from ..memory.manager import grad_view
 from ..memory.offload import TensorOffload
-from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
-from ..memory.staging import StagingBuffers
+from ..memory.staging import Staged, StagingBuffers
 from ..memory.transfer import Handle, Lane, compute_event
 from ..metrics import Metrics
 from ..optim.state import ParamState, UnitUpdate
@@ -79,7 +78,7 @@ class _Backward:
         """Wait until nothing writes what it gave."""
         for landing in self.landing.values():
             for handle in landing.handles:
-                settle(handle)
+                handle.settle()
         self.landing.clear()
 
 
@@ -254,28 +253,32 @@ class Gradients:
         unit.memory.allocate_gradients(fp32=False)
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
+        staged = self._staging.staged()
 
         def write() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 disk.write(unit.index, buffer, span)
 
-        done = disk.writes.submit(f"gradients of {unit.name} to disk", write, after=(handle,))
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = disk.writes.submit(
+                f"gradients of {unit.name} to disk", write, after=(handle,), dropped=staged.drop
+            )
         self._landing[unit.index] = _Landing.of(unit, states, handle, done)
         return handle
 
     def _push_sum(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
         add = self._begin_sum(unit, states)
         # Last of what may raise: from here on the sum owns a staging buffer.
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
+        staged = self._staging.staged()
 
         def add_staged() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 add(buffer, fp32=False)
 
-        done = self._submit_sum(unit, states, add_staged, after=(handle,))
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = self._submit_sum(unit, states, add_staged, after=(handle,), dropped=staged.drop)
         self._landing[unit.index] = _Landing.of(unit, states, handle, done)
         return handle
 
@@ -304,9 +307,16 @@ class Gradients:
         return add
 
     def _submit_sum(
-        self, unit: Unit, states: list[ParamState], work: Callable[[], None], after: Sequence[Handle]
+        self,
+        unit: Unit,
+        states: list[ParamState],
+        work: Callable[[], None],
+        after: Sequence[Handle],
+        dropped: Callable[[], None] | None = None,
     ) -> Handle:
-        done = self._worker.submit(f"gradient sum of {unit.name}", work, priority=_SUM_PRIORITY, after=after)
+        done = self._worker.submit(
+            f"gradient sum of {unit.name}", work, priority=_SUM_PRIORITY, after=after, dropped=dropped
+        )
         for state in states:
             state.param.grad = None  # part of the sum now; comes back with it
         return done
@@ -320,11 +330,10 @@ class Gradients:
         unit, part = landing.unit, landing.part
         there = dict(landing.states)
         fp32 = unit.memory.grads_fp32
-        staged: list[HostBuffer] = []
-        handle = self._copy_staged(unit, staged, states, tensors)
+        staged = self._staging.staged()
 
         def add() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 for state in states:
                     source = grad_view(buffer, state.segment, fp32=False)
                     target = (
@@ -341,9 +350,15 @@ class Gradients:
                     if part is None:
                         self._squares[state.order] = (sum_of_squares(target), None)
 
-        done = self._worker.submit(
-            f"gradient part of {unit.name}", add, priority=_SUM_PRIORITY, after=(handle, *landing.handles)
-        )
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = self._worker.submit(
+                f"gradient part of {unit.name}",
+                add,
+                priority=_SUM_PRIORITY,
+                after=(handle, *landing.handles),
+                dropped=staged.drop,
+            )
         landing.states.update({state.order: state for state in states})
         landing.handles += [handle, done]
         return handle
@@ -352,17 +367,15 @@ class Gradients:
         for state, grad in zip(states, tensors, strict=True):
             self._squares[state.order] = (sum_of_squares(grad), None)
         unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
-        staged: list[HostBuffer] = []
+        staged = self._staging.staged()
 
         def update() -> None:
-            with self._staging.returned(staged) as buffer:
+            with staged.read() as buffer:
                 unit_update.run(buffer)
 
         def drop() -> None:
             unit_update.drop()
-            if staged:  # or a backward that waits for the buffer would wait for ever
-                with self._staging.returned(staged):
-                    pass
+            staged.drop()  # or a backward that waits for the buffer would wait for ever
 
         try:
             handle = self._copy_staged(unit, staged, states, tensors)
@@ -375,7 +388,7 @@ class Gradients:
                 dropped=drop,
             )
         except BaseException:
-            unit_update.drop()
+            drop()
             raise
         return handle
 
@@ -391,19 +404,12 @@ class Gradients:
         )
 
     def _copy_staged(
-        self, unit: Unit, staged: list[HostBuffer], states: list[ParamState], tensors: list[torch.Tensor]
+        self, unit: Unit, staged: Staged, states: list[ParamState], tensors: list[torch.Tensor]
     ) -> Handle:
         def copy() -> None:
-            buffer = self._staging.take()
-            staged.append(buffer)
-            try:
+            with staged.filled() as buffer:
                 for state, grad in zip(states, tensors, strict=True):
                     grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
-            except BaseException:
-                with self._staging.returned(
-                    staged
-                ):  # nobody else will: who waits for this copy fails with it
-                    raise
 
         return self._lane.submit(
             f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
@@ -494,7 +500,7 @@ class Gradients:
         for backward in self._backwards:
             backward.settle()
         for handle, _ in self._in_flight:
-            settle(handle)
+            handle.settle()
         self._in_flight.clear()
         self._squares.clear()
         self._backwards = []
@@ -542,11 +548,3 @@ def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
 
 def _identity(grad: torch.Tensor) -> tuple[int, int]:
     return grad.data_ptr(), grad._version
-
-
-def settle(handle: Handle) -> None:
-    """Wait until nothing works on what `handle` stands for, whether it succeeded or not."""
-    try:
-        handle.wait_host()
-    except Exception:  # noqa: BLE001 - reported to whoever needed the result
-        return

@@ -31,7 +31,6 @@ from ..optim.state import (
 from ..optim.worker import UpdateWorker
 from .clipping import Clipping
 from .executor import Unit
-from .gradients import settle
 from .held import HeldState
 from .outside import OutsideUpdates
 from .placed import PlacedState
@@ -352,12 +351,14 @@ class Updates:
         """Forget a backward that did not finish; what overlapped updates have done cannot be undone."""
         for unit in self._placed.streamed:
             if unit.pending_update is not None:
-                settle(unit.pending_update)
+                unit.pending_update.settle()
                 if not unit.pending_update.failed:
                     unit.pending_update = None
                 elif self._overlapped:
                     # Its gradients never arrived, while other units were updated.
                     self._failure.note(StateError(f"{unit.name} missed an overlapped update"))
+        if self._outside is not None and not self._outside.settle():
+            self._failure.note(StateError("parameters outside of units missed an update"))
         self._used.clear()
         if self._used_hyperparams:
             self._used_hyperparams.clear()
