@@ -15,7 +15,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from ..errors import UnsupportedModelError
 
 # What most arguments are; asked first, since every argument of every layer is.
-_PLAIN = frozenset((torch.Tensor, tuple, list, dict, str, int, float, bool, type(None), torch.Size, torch.dtype))
+_PLAIN = frozenset(
+    (torch.Tensor, tuple, list, dict, str, int, float, bool, type(None), torch.Size, torch.dtype)
+)
 # How far below an argument caches and their tensors are looked for: a cache, its layers, their states by number.
 _DEPTH = 4
 

@@ -76,7 +76,10 @@ TEXT = {
         },
     ),
     "GPT2LMHeadModel": ("GPT2Config", {**_TOKENS, "n_embd": 32, "n_layer": 2, "n_head": 4}),
-    "MambaForCausalLM": ("MambaConfig", {**_TOKENS, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        {**_TOKENS, "hidden_size": 32, "state_size": 8, "num_hidden_layers": 2},
+    ),
     "JambaForCausalLM": (
         "JambaConfig",
         {
@@ -169,7 +172,9 @@ def test_a_padded_batch_in_either_attention(name, attention, handed_over):
     assert handed_over["DynamicCache"] == config["num_hidden_layers"]
 
 
-@pytest.mark.parametrize("name", [name for name in TEXT if name not in ("LlamaForCausalLM", "MistralForCausalLM")])
+@pytest.mark.parametrize(
+    "name", [name for name in TEXT if name not in ("LlamaForCausalLM", "MistralForCausalLM")]
+)
 def test_a_padded_batch(name, handed_over):
     # Some families turn it off in training if nobody asks for it.
     assert_as_plain(build(name, *TEXT[name]), padded(use_cache=True))
@@ -470,7 +475,11 @@ class Context:
 
 @pytest.mark.parametrize(
     "wrap",
-    [Context, lambda cache: collections.UserDict(past=cache), lambda cache: types.SimpleNamespace(past=cache)],
+    [
+        Context,
+        lambda cache: collections.UserDict(past=cache),
+        lambda cache: types.SimpleNamespace(past=cache),
+    ],
 )
 def test_a_cache_that_cannot_be_taken_out_is_refused(wrap):
     run = prepare(tiny_llama(torch.float32), bf16=False)
@@ -546,7 +555,16 @@ def test_an_empty_cache_is_known_as_one(make):
 
 @pytest.mark.parametrize(
     "value",
-    [torch.zeros(2), (torch.zeros(2), torch.zeros(2)), KeyValue(1, 2), [1], {"key": 1}, torch.Size([2]), 1, None],
+    [
+        torch.zeros(2),
+        (torch.zeros(2), torch.zeros(2)),
+        KeyValue(1, 2),
+        [1],
+        {"key": 1},
+        torch.Size([2]),
+        1,
+        None,
+    ],
 )
 def test_what_is_no_cache(value):
     assert not is_cache(value)
