@@ -37,7 +37,7 @@ from ..memory.pinned import HostBuffer
 from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
-from .caches import check_empty, is_cache
+from .arguments import containers_changed, flatten, without_caches
 from .captured import captured, captured_lengths
 from .layer_state import LayerSnapshot, LayerState
 from .leaks import check_no_leaks
@@ -215,8 +215,8 @@ class Executor:
         if not torch.is_grad_enabled():
             # What is trainable does not matter here: PEFT freezes adapters while they are disabled.
             return self._run_plain(unit, args, kwargs, check_trainable=False)
-        args, kwargs = _without_caches(unit, args, kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        args, kwargs = without_caches(unit.found.module, unit.argument_names, args, kwargs)
+        leaves, spec = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not unit.trainable and not any(tensor.requires_grad for tensor in (*tensors, *unit.shared)):
             # Nothing to differentiate here, so nothing to recompute later.
@@ -267,10 +267,10 @@ class Executor:
                 output = unit.original_forward(*args, **kwargs)
         finally:
             lease.release()
-        if pytree.tree_structure((args, kwargs)) != call.spec:
+        if containers_changed(call.leaves_in_place(), call.spec, args, kwargs, call.arguments):
             raise UnsupportedModelError(
-                f"{unit.name} adds to a dictionary or list among its arguments, which streaming would not hand on; use "
-                "plain Trainer for this model"
+                f"{unit.name} adds to a dictionary or list among its arguments, or changes what is in it, which "
+                "streaming would not hand on; use plain Trainer for this model"
             )
         if snapshot is not None:
             snapshot.keep_changes()
@@ -433,9 +433,12 @@ class UnitCall:
 
     def arguments(self) -> tuple[tuple, dict[str, Any]]:
         """`args` and `kwargs` of the original call over the unit's own leaf tensors."""
+        return pytree.tree_unflatten(self.leaves_in_place(), self.spec)
+
+    def leaves_in_place(self) -> list[Any]:
+        """The leaves of the original call's arguments, with the unit's own leaf tensors among them."""
         tensors = iter(self.inputs)
-        flat = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.flat]
-        return pytree.tree_unflatten(flat, self.spec)
+        return [next(tensors) if leaf is _TENSOR else leaf for leaf in self.flat]
 
     def keep_outputs(self, output: Any, before: dict[str, int]) -> tuple[torch.Tensor, ...]:
         """Remember the graph of the unit's outputs and of what output recorders caught inside it.
@@ -503,25 +506,6 @@ class _UnitFunction(torch.autograd.Function):
         # The anchor takes part in every backward() and in no autograd.grad(): only the former fills p.grad.
         with_params = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         return None, None, *call.executor.run_backward(call, grads, with_params=with_params)
-
-
-def _without_caches(unit: Unit, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A layer's arguments as they may be while gradients flow: no key-value cache, and none asked for."""
-    if "use_cache" in unit.argument_names[: len(args)]:
-        position = unit.argument_names.index("use_cache")
-        args = (*args[:position], False, *args[position + 1 :])
-    if "use_cache" in kwargs:
-        kwargs = {**kwargs, "use_cache": False}
-    # Layers that say so only read what others have filled, which a recompute finds as it was.
-    if getattr(unit.found.module, "_can_checkpoint_with_cache", False):
-        return args, kwargs
-    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=is_cache)
-    caches = [leaf for leaf in leaves if is_cache(leaf)]
-    if not caches:
-        return args, kwargs
-    for cache in caches:
-        check_empty(cache)
-    return pytree.tree_unflatten([None if is_cache(leaf) else leaf for leaf in leaves], spec)
 
 
 def _edges(values: list[Any]) -> list[GradientEdge | None]:

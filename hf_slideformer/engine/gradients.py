@@ -33,6 +33,7 @@ from ..memory.disk_state import DiskState
 from ..memory.layout import Span
 from ..memory.manager import grad_view
 from ..memory.offload import TensorOffload
+from ..memory.pinned import HostBuffer
 from ..memory.pool import SlotPool
 from ..memory.staging import Staged, StagingBuffers
 from ..memory.transfer import Handle, Lane, compute_event

@@ -27,6 +27,7 @@ from transformers.utils import is_liger_kernel_available
 
 from ..planner.profile import ModelProfile, UnitProfile
 from .allocations import AllocationTracker, block_bytes
+from .arguments import flatten, without_caches
 from .captured import captured, captured_lengths
 from .estimate import estimate_profile
 from .fake import cuda_workspace_bytes, fake_copy, liger_applied, on_fake_tensors
@@ -333,12 +334,14 @@ class _TracedForward:
         self.unit = unit
         self.original = unit.module.forward
         self.__signature__ = inspect.signature(self.original)
+        self._names = tuple(self.__signature__.parameters)
         own = {id(param) for param in unit.parameters.values()}
         self.shared = [p for p in unit.module.parameters() if p.requires_grad and id(p) not in own]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         recorder, tracker = self.recorder, self.recorder.tracker
-        flat, spec = pytree.tree_flatten((args, kwargs))
+        args, kwargs = without_caches(self.unit.module, self._names, args, kwargs)
+        flat, spec = flatten(args, kwargs)
         tensors = [leaf for leaf in flat if isinstance(leaf, torch.Tensor)]
         trainable = [param for param in self.unit.parameters.values() if param.requires_grad]
         key = (_kind_of(self.unit), spec, tuple(_leaf_kind(leaf) for leaf in flat))
