@@ -22,7 +22,9 @@ from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 
 from .checkpoint import (
+    LOCK_FILE,
     OPTIMIZER_FOLDER,
+    DirectoryLock,
     FileOps,
     NewCheckpoint,
     SavedCheckpoint,
@@ -45,7 +47,7 @@ from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.clipping import clip_grad_norm_
 from .engine.engine import SlideEngine, engine_of
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
-from .errors import CheckpointError, StateError, UnsupportedModelError
+from .errors import CheckpointError, DiskError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
 
 logger = logging.getLogger(__name__)
@@ -353,8 +355,9 @@ class SlideAccelerator(Accelerator):
         the new one is in its place.
 
         Raises:
-            CheckpointError: too little space.
-            DiskError: a file cannot be written. Either way what was there is as it was.
+            CheckpointError: too little space, or another process saves to the same place.
+            DiskError: a file cannot be written. Either way what was there is as it was, unless the error says that
+                the new state is in its place and only the disk did not confirm it.
             ValueError: automatic naming would write over an older state.
         """
         if not self._slide_owns_everything() or not safe_serialization:
@@ -371,29 +374,43 @@ class SlideAccelerator(Accelerator):
         else:
             assert output_dir is not None, "Accelerate wants a directory too"
             target = Path(output_dir).resolve()
+        in_place = must_be_written_in_place(target)
+        with DirectoryLock(_lock_file(target, named=named, in_place=in_place)):
+            self._slide_save_state(target, in_place, safe_serialization, save_model_func_kwargs)
+        return target if named else Path(output_dir or "")
+
+    def _slide_save_state(
+        self, target: Path, in_place: bool, safe_serialization: bool, kwargs: dict[str, Any]
+    ) -> None:
+        project = self.project_configuration
+        named = project.automatic_checkpoint_naming
         checkpoint = NewCheckpoint(
             target,
             self._slide_files,
             self._slide_state_bytes(),
             _STATE if named else names_of(target),
-            in_place=must_be_written_in_place(target),
+            in_place=in_place,
         )
         iteration = project.iteration
         try:
             project.automatic_checkpoint_naming = False  # it would choose another place
             with self._slide_writes_into(checkpoint), self._slide_state_is_ours():
-                super().save_state(str(checkpoint.path), safe_serialization, **save_model_func_kwargs)
-            checkpoint.finish()
+                super().save_state(str(checkpoint.path), safe_serialization, **kwargs)
+            checkpoint.finish_then(lambda: self._slide_rotate(target.parent) if named else None)
         except BaseException:
-            project.iteration = iteration
+            if not checkpoint.is_in_place:
+                project.iteration = iteration
             checkpoint.abandon()
             raise
         finally:
             project.automatic_checkpoint_naming = named
-        if named and project.total_limit is not None:
-            for old in _states_in(target.parent)[: -max(1, project.total_limit)]:
+
+    def _slide_rotate(self, directory: Path) -> None:
+        """Remove old states beyond the limit of automatic naming."""
+        limit = self.project_configuration.total_limit
+        if limit is not None:
+            for old in _states_in(directory)[: -max(1, limit)]:
                 remove_checkpoint(old, self._slide_files)
-        return target if named else Path(output_dir or "")
 
     @contextlib.contextmanager
     def _slide_writes_into(self, checkpoint: NewCheckpoint) -> Iterator[None]:
@@ -438,10 +455,11 @@ class SlideAccelerator(Accelerator):
             return
         if input_dir is not None:
             target = Path(input_dir).expanduser().resolve()
-            clean_up(target.parent, self._slide_files, names_of(target))
+            lock = _lock_file(target, named=False, in_place=False)
+            self._slide_clean_up(target.parent, names_of(target), lock)
         elif self.project_configuration.automatic_checkpoint_naming:
             base = Path(self.project_dir) / "checkpoints"
-            clean_up(base, self._slide_files, _STATE)
+            self._slide_clean_up(base, _STATE, base / LOCK_FILE)
             states = _states_in(base)
             if not states:
                 raise CheckpointError(f"there is no saved state in {base}; name one: load_state(input_dir)")
@@ -482,6 +500,12 @@ class SlideAccelerator(Accelerator):
             finally:
                 hook.remove()
 
+    def _slide_clean_up(self, directory: Path, names: re.Pattern[str], lock: Path) -> None:
+        """Remove what a killed run left; what another process is writing is no leftover."""
+        if directory.is_dir():
+            with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(lock):
+                clean_up(directory, self._slide_files, names)
+
     def _slide_owns_everything(self) -> bool:
         return (
             bool(self._models)
@@ -510,6 +534,13 @@ class SlideAccelerator(Accelerator):
 
 # What Accelerate's automatic naming makes.
 _STATE = re.compile(r"checkpoint_(\d+)")
+
+
+def _lock_file(target: Path, *, named: bool, in_place: bool) -> Path:
+    """What keeps other processes from saving a state to the same place: the directory of all, or one name in it."""
+    if in_place:
+        return target / LOCK_FILE
+    return target.parent / (LOCK_FILE if named else f".lock-{target.name}")
 
 
 def _states_in(directory: Path) -> list[Path]:

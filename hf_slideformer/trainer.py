@@ -282,7 +282,6 @@ class SlideTrainerMixin(CheckpointMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; when it returns, every update is done."""
         self._check_model(self.model)
-        self._remove_leftovers()
         given = self.args.liger_kernel_config
         if self.args.use_liger_kernel:
             self.args.liger_kernel_config = self._liger_config() or given
