@@ -45,7 +45,7 @@ from .checkpoint import (
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.clipping import clip_grad_norm_
-from .engine.engine import SlideEngine, engine_of
+from .engine.engine import SlideEngine, engine_of, engines_of
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
 from .errors import CheckpointError, DiskError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
@@ -92,6 +92,8 @@ class SlideAccelerator(Accelerator):
     _slide_bf16: bool | None = None
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
     _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
+    # Whether a Trainer is in the middle of training, when no model may leave its engine.
+    _slide_in_training: Callable[[], bool] = staticmethod(lambda: False)
     _slide_references: tuple[weakref.ref[SlideEngine], ...] = ()
 
     def __init__(
@@ -128,7 +130,8 @@ class SlideAccelerator(Accelerator):
         self._slide_shape = shape
         self._slide_overlap_is_exact = overlap_is_exact
         # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
-        self._slide_bf16 = self.mixed_precision == "bf16"
+        if self._slide_bf16 is None:
+            self._slide_bf16 = self.mixed_precision == "bf16"
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """As in Accelerate; models are streamed, and an optimizer of their parameters is connected to them.
@@ -166,13 +169,14 @@ class SlideAccelerator(Accelerator):
                     )
         # Models first, and with what is known of all optimizers: Accelerate goes through the arguments one by one.
         for model in models:
-            self._slide_stream(model, for_training=any(_shares_parameters(opt, model) for opt in known))
+            for_training = any(_shares_parameters(opt, model) for opt in known)
+            self._slide_stream(model, for_training=for_training, given=optimizers)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
-        """Stream `model`; a model that is streamed already is returned as it is.
+        """Stream `model`; a model that is streamed already, and has not changed since, is returned as it is.
 
         With `evaluation_mode` it is for reading only (DPO's reference model): its parameters are frozen, and it has
         room for nothing but weights.
@@ -184,9 +188,18 @@ class SlideAccelerator(Accelerator):
         return model
 
     def _slide_stream(
-        self, model: torch.nn.Module, *, for_training: bool, evaluation_mode: bool = False
+        self,
+        model: torch.nn.Module,
+        *,
+        for_training: bool,
+        evaluation_mode: bool = False,
+        given: Iterable[torch.optim.Optimizer] = (),
     ) -> None:
-        """Give `model` an engine, unless it has one, and connect it to its optimizer, if that is prepared."""
+        """Give `model` an engine, unless it has one that fits, and connect it to its optimizer, if that is prepared.
+
+        Where it has one that was made for other parameters or settings, the model leaves that first. An optimizer of
+        those `given`, or otherwise of those that are prepared, goes on with its state.
+        """
         if self._slide_bf16 is None:
             self.configure_slide(
                 self._slide_config or SlideConfig(),
@@ -200,7 +213,7 @@ class SlideAccelerator(Accelerator):
             "micro_batches": max(self._slide_micro_batches, self.gradient_accumulation_steps),
             "overlap_is_exact": self._slide_overlap_is_exact,
         }
-        engine = engine_of(model)
+        engine, carried = self._slide_fitting(model, for_training, evaluation_mode, given, settings)
         if engine is None:
             engine = SlideEngine(
                 model,
@@ -213,28 +226,81 @@ class SlideAccelerator(Accelerator):
             )
             if engine.read_only:
                 self._slide_references = (*self._slide_references, weakref.ref(engine))
+            this = weakref.ref(self)
+            engine.on_release(lambda: _forget_released(this()))
             save_exactly(model, engine)
             # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
             super().prepare_model(model, device_placement=False, evaluation_mode=True)
-        else:
-            if not evaluation_mode:
-                engine.check_settings(**settings)
-            if model not in self._models:
-                self._models.append(model)
+        elif model not in self._models:
+            self._models.append(model)
+        engine.in_training = self._slide_in_training
+        for optimizer, saved in carried:
+            engine.attach_optimizer(optimizer)
+            optimizer.load_state_dict(saved)
         self._slide_connect()
+
+    def _slide_fitting(
+        self,
+        model: torch.nn.Module,
+        for_training: bool,
+        evaluation_mode: bool,
+        given: Iterable[torch.optim.Optimizer],
+        settings: dict[str, Any],
+    ) -> tuple[SlideEngine | None, list[tuple[SlideAdamW, dict[str, Any]]]]:
+        """The engine that fits `model`; None if there is none, any more, and state that optimizers go on with.
+
+        Raises:
+            StateError: the model cannot leave an engine that does not fit.
+        """
+        engines = engines_of(model)
+        if not engines:
+            return None, []
+        engine = engines[0]
+        other = "" if evaluation_mode else engine.other_setting(**settings)
+        if len(engines) == 1 and not other and engine.fits(model, training=not evaluation_mode):
+            return engine, []
+        if for_training and engine.read_only and not any(p.requires_grad for p in model.parameters()):
+            raise StateError(
+                "this model was prepared for evaluation only (evaluation_mode=True), which froze it; call "
+                "model.requires_grad_(True) before its optimizer or trainer is made"
+            )
+        known = [optimizer for optimizer in given if _shares_parameters(optimizer, model)]
+        known = known or [_unwrapped(optimizer) for optimizer in self._optimizers]
+        going_on = [
+            optimizer
+            for optimizer in known
+            if isinstance(optimizer, SlideAdamW) and any(map(optimizer.is_bound_to, engines))
+        ]
+        if going_on and any(engine.disk_bytes for engine in engines):
+            raise StateError(
+                f"{other or 'the parameters of this model have changed'}, and its optimizer has state on disk that "
+                "would have to go on; make a new trainer or optimizer for the model as it is now"
+            )
+        carried = [(optimizer, optimizer.trainable_state_dict()) for optimizer in going_on]
+        wrappers = [wrapped for wrapped in self._optimizers if _unwrapped(wrapped) in going_on]
+        for engine in engines:
+            engine.release(other or "its parameters were not those that it was prepared with")
+        self._optimizers += [wrapped for wrapped in wrappers if wrapped not in self._optimizers]
+        return None, carried
 
     def _slide_connect(self) -> None:
         """Give engines the optimizers of their parameters, where both are prepared now."""
-        for wrapped in self._optimizers:
-            for model in self._models:
-                engine = engine_of(model)
-                if engine is not None and _shares_parameters(wrapped.optimizer, model):
-                    wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
-                    if not wrapped.optimizer.is_bound:
-                        engine.attach_optimizer(wrapped.optimizer)
-                        logger.info("Where the training state lives:\n%s", engine.plan)
-                        if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
-                            logger.warning(NOTHING_KNOWN_OF_BATCHES)
+        for wrapped in list(self._optimizers):
+            models = [model for model in self._models if _shares_parameters(wrapped.optimizer, model)]
+            if not models:
+                continue
+            wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
+            if wrapped.optimizer.is_bound:
+                continue
+            engines = [(engine_of(model), model) for model in models]
+            engine = next((one for one, model in engines if one and one.fits(model, training=True)), None)
+            if engine is None:  # parameters have changed since the model was prepared
+                self._slide_stream(models[0], for_training=True, given=[wrapped.optimizer])
+                continue
+            engine.attach_optimizer(wrapped.optimizer)
+            logger.info("Where the training state lives:\n%s", engine.plan)
+            if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
+                logger.warning(NOTHING_KNOWN_OF_BATCHES)
 
     def slide_references(self) -> list[SlideEngine]:
         """Engines of models that were prepared for reading only, as long as they are there."""
@@ -562,6 +628,18 @@ def _is_optimizer(obj: Any) -> bool:
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer in Accelerate's wrapper, or itself."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _forget_released(accelerator: SlideAccelerator | None) -> None:
+    """Count a model that has left its engine, and its optimizers, as not prepared."""
+    if accelerator is None:
+        return
+    accelerator._models = [model for model in accelerator._models if engine_of(model) is not None]
+    accelerator._optimizers = [
+        wrapped
+        for wrapped in accelerator._optimizers
+        if not getattr(_unwrapped(wrapped), "has_lost_its_state", False)
+    ]
 
 
 def _shares_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:

@@ -614,8 +614,15 @@ class UnitForward(ReplacedMethod):
 
     def __init__(self, executor: Executor, unit: Unit) -> None:
         super().__init__(unit.found.module, unit.original_forward)
-        self.executor = executor
-        self.unit = unit
+        self.executor: Executor | None = executor
+        self.unit: Unit | None = unit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.executor is None or self.unit is None:
+            return self.original(*args, **kwargs)
         return self.executor.forward(self.unit, args, kwargs)
+
+    def remove(self) -> None:
+        """As for every `ReplacedMethod`; lets go of the engine."""
+        super().remove()
+        self.executor = self.unit = None

@@ -190,6 +190,11 @@ class SlotPool:
                 slot.unit, slot.leases = None, 0
                 slot.released = compute_event(self._device)
 
+    def free(self) -> None:
+        """Let go of the slots, once no fetch is under way; nothing can be acquired from then on."""
+        self.wait()
+        self._slots = []
+
     def _find(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.unit == index), None)
 
