@@ -5,7 +5,8 @@ its place once it is whole, optimizer state and weights are written from where t
 
 Between a step and the next only small files are written. Tensors follow in a thread beside the next steps, whose
 updates wait for them (`engine/held.py`). Whoever may look at the checkpoint, or change what it is of, waits until it is
-in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training.
+in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training. Where
+code of others takes part in saving nothing overlaps, and files are written when the methods that write them return.
 """
 
 from __future__ import annotations
@@ -85,15 +86,7 @@ class CheckpointMixin(_Trainer):
         directory = Path(self._get_output_dir(trial=trial))
         self._is_training = True
         try:
-            if not self.args.should_save:
-                pass
-            elif SaveStrategy(self.args.save_strategy) != SaveStrategy.NO:
-                with self._owning(directory):
-                    clean_up(directory, self._files)
-            elif directory.is_dir():
-                # It may be shared, until something is saved there after all.
-                with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(directory / LOCK_FILE):
-                    clean_up(directory, self._files)
+            self._remove_leftovers(directory)
             result = super().train(*args, **kwargs)
             self._finish_save()
             self._enter_changes()
@@ -107,11 +100,23 @@ class CheckpointMixin(_Trainer):
                 for lock in locks:
                     lock.release()
 
+    def _remove_leftovers(self, directory: Path) -> None:
+        """Remove what a killed run left of checkpoints, and own the directory if this run saves there."""
+        if not self.args.should_save:
+            return
+        if SaveStrategy(self.args.save_strategy) != SaveStrategy.NO:
+            with self._owning(directory):
+                clean_up(directory, self._files)
+        elif directory.is_dir():
+            # It may be shared, until something is saved there after all.
+            with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(directory / LOCK_FILE):
+                clean_up(directory, self._files)
+
     @contextlib.contextmanager
     def _owning(self, directory: Path) -> Iterator[None]:
         """The only process that saves to `directory`; until training ends, if this is a part of it."""
         file = (directory / LOCK_FILE).absolute()
-        if any(lock.file == file for lock in self._locks):
+        if not self.args.should_save or any(lock.file == file for lock in self._locks):
             yield
             return
         lock = DirectoryLock(file, settle=self._settle)
