@@ -48,6 +48,7 @@ from ..planner.workload import Decisions
 from .access import StateAccess
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
+from .checkpointing import LayerCheckpointing, callers_of
 from .clipping import Clipping, clip_grad_norm_
 from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, set_gradient
@@ -225,6 +226,11 @@ class SlideEngine:
             self._methods.append(head)
         self._access.watch(model)
         self._methods += watch_leaving(model, self)
+        self._checkpointing = LayerCheckpointing(unit.found.module for unit in units)
+        self._hooks = [
+            module.register_forward_pre_hook(Hook(self, SlideEngine._recompute_once))
+            for module in callers_of(model, [unit.name for unit in units])
+        ]
         self._names = _names(model)
         # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
         self._gradient_hooks += [
@@ -234,6 +240,9 @@ class SlideEngine:
         ]
 
     # -- construction ----------------------------------------------------------------------------------------
+
+    def _recompute_once(self, *_: object) -> None:
+        self._checkpointing.switch_off()
 
     def _open_disk(self, decisions: Decisions, delay_s: Callable[[str], float] | None) -> UnitsOnDisk | None:
         if not decisions.on_disk:
@@ -693,8 +702,9 @@ class SlideEngine:
                 f"{reason}, for which the model has to leave its engine, but that failed ({error}); load the model anew"
             ) from error
         self._left = reason
-        while self._methods:
-            self._methods.pop().remove()
+        for put in (*self._methods, *self._hooks):
+            put.remove()
+        self._methods, self._hooks = [], []
         for optimizer in self._optimizers:
             optimizer.unbind(f"its model left the engine: {reason}")
         self._finalizer()
