@@ -31,8 +31,10 @@ def containers_changed(
     """Whether a layer put something into a dictionary or list among its arguments, or took something out.
 
     Args:
-        leaves, spec: what the arguments were put together from.
-        args, kwargs: the arguments after the layer has run.
+        leaves: what the arguments were put together from.
+        spec: how.
+        args: the positional arguments after the layer has run.
+        kwargs: the named ones.
         again: puts them together anew. Not everything that pytree takes apart comes back as the same type.
     """
     after, spec_after = flatten(args, kwargs)
@@ -49,7 +51,8 @@ def without_caches(
     Args:
         module: the layer.
         names: of its forward's arguments, in their order.
-        args, kwargs: what it is called with; not changed.
+        args: what it is called with; not changed.
+        kwargs: likewise, by name.
 
     Raises:
         UnsupportedModelError: a cache that is in use, or that cannot be taken out.
