@@ -22,7 +22,9 @@ from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 
 from .checkpoint import (
+    LOCK_FILE,
     OPTIMIZER_FOLDER,
+    DirectoryLock,
     FileOps,
     NewCheckpoint,
     SavedCheckpoint,
@@ -42,9 +44,10 @@ from .checkpoint import (
 )
 from .config import SlideConfig
 from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
-from .engine.engine import SlideEngine, engine_of
+from .engine.clipping import clip_grad_norm_
+from .engine.engine import SlideEngine, engine_of, engines_of
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
-from .errors import CheckpointError, StateError, UnsupportedModelError
+from .errors import CheckpointError, DiskError, StateError, UnsupportedModelError
 from .optim import SlideAdamW
 
 logger = logging.getLogger(__name__)
@@ -89,6 +92,8 @@ class SlideAccelerator(Accelerator):
     _slide_bf16: bool | None = None
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
     _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
+    # Whether a Trainer is in the middle of training, when no model may leave its engine.
+    _slide_in_training: Callable[[], bool] = staticmethod(lambda: False)
     _slide_references: tuple[weakref.ref[SlideEngine], ...] = ()
 
     def __init__(
@@ -125,7 +130,8 @@ class SlideAccelerator(Accelerator):
         self._slide_shape = shape
         self._slide_overlap_is_exact = overlap_is_exact
         # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
-        self._slide_bf16 = self.mixed_precision == "bf16"
+        if self._slide_bf16 is None:
+            self._slide_bf16 = self.mixed_precision == "bf16"
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """As in Accelerate; models are streamed, and an optimizer of their parameters is connected to them.
@@ -163,13 +169,14 @@ class SlideAccelerator(Accelerator):
                     )
         # Models first, and with what is known of all optimizers: Accelerate goes through the arguments one by one.
         for model in models:
-            self._slide_stream(model, for_training=any(_shares_parameters(opt, model) for opt in known))
+            for_training = any(_shares_parameters(opt, model) for opt in known)
+            self._slide_stream(model, for_training=for_training, given=optimizers)
         return super().prepare(*args, device_placement=device_placement)
 
     def prepare_model(
         self, model: torch.nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> torch.nn.Module:
-        """Stream `model`; a model that is streamed already is returned as it is.
+        """Stream `model`; a model that is streamed already, and has not changed since, is returned as it is.
 
         With `evaluation_mode` it is for reading only (DPO's reference model): its parameters are frozen, and it has
         room for nothing but weights.
@@ -181,9 +188,18 @@ class SlideAccelerator(Accelerator):
         return model
 
     def _slide_stream(
-        self, model: torch.nn.Module, *, for_training: bool, evaluation_mode: bool = False
+        self,
+        model: torch.nn.Module,
+        *,
+        for_training: bool,
+        evaluation_mode: bool = False,
+        given: Iterable[torch.optim.Optimizer] = (),
     ) -> None:
-        """Give `model` an engine, unless it has one, and connect it to its optimizer, if that is prepared."""
+        """Give `model` an engine, unless it has one that fits, and connect it to its optimizer, if that is prepared.
+
+        Where it has one that was made for other parameters or settings, the model leaves that first. An optimizer of
+        those `given`, or otherwise of those that are prepared, goes on with its state.
+        """
         if self._slide_bf16 is None:
             self.configure_slide(
                 self._slide_config or SlideConfig(),
@@ -197,7 +213,7 @@ class SlideAccelerator(Accelerator):
             "micro_batches": max(self._slide_micro_batches, self.gradient_accumulation_steps),
             "overlap_is_exact": self._slide_overlap_is_exact,
         }
-        engine = engine_of(model)
+        engine, carried = self._slide_fitting(model, for_training, evaluation_mode, given, settings)
         if engine is None:
             engine = SlideEngine(
                 model,
@@ -210,28 +226,81 @@ class SlideAccelerator(Accelerator):
             )
             if engine.read_only:
                 self._slide_references = (*self._slide_references, weakref.ref(engine))
+            this = weakref.ref(self)
+            engine.on_release(lambda: _forget_released(this()))
             save_exactly(model, engine)
             # Accelerate's own preparation still wraps autocast; evaluation_mode keeps it from wrapping more.
             super().prepare_model(model, device_placement=False, evaluation_mode=True)
-        else:
-            if not evaluation_mode:
-                engine.check_settings(**settings)
-            if model not in self._models:
-                self._models.append(model)
+        elif model not in self._models:
+            self._models.append(model)
+        engine.in_training = self._slide_in_training
+        for optimizer, saved in carried:
+            engine.attach_optimizer(optimizer)
+            optimizer.load_state_dict(saved)
         self._slide_connect()
+
+    def _slide_fitting(
+        self,
+        model: torch.nn.Module,
+        for_training: bool,
+        evaluation_mode: bool,
+        given: Iterable[torch.optim.Optimizer],
+        settings: dict[str, Any],
+    ) -> tuple[SlideEngine | None, list[tuple[SlideAdamW, dict[str, Any]]]]:
+        """The engine that fits `model`; None if there is none, any more, and state that optimizers go on with.
+
+        Raises:
+            StateError: the model cannot leave an engine that does not fit.
+        """
+        engines = engines_of(model)
+        if not engines:
+            return None, []
+        engine = engines[0]
+        other = "" if evaluation_mode else engine.other_setting(**settings)
+        if len(engines) == 1 and not other and engine.fits(model, training=not evaluation_mode):
+            return engine, []
+        if for_training and engine.read_only and not any(p.requires_grad for p in model.parameters()):
+            raise StateError(
+                "this model was prepared for evaluation only (evaluation_mode=True), which froze it; call "
+                "model.requires_grad_(True) before its optimizer or trainer is made"
+            )
+        known = [optimizer for optimizer in given if _shares_parameters(optimizer, model)]
+        known = known or [_unwrapped(optimizer) for optimizer in self._optimizers]
+        going_on = [
+            optimizer
+            for optimizer in known
+            if isinstance(optimizer, SlideAdamW) and any(map(optimizer.is_bound_to, engines))
+        ]
+        if going_on and any(engine.disk_bytes for engine in engines):
+            raise StateError(
+                f"{other or 'the parameters of this model have changed'}, and its optimizer has state on disk that "
+                "would have to go on; make a new trainer or optimizer for the model as it is now"
+            )
+        carried = [(optimizer, optimizer.trainable_state_dict()) for optimizer in going_on]
+        wrappers = [wrapped for wrapped in self._optimizers if _unwrapped(wrapped) in going_on]
+        for engine in engines:
+            engine.release(other or "its parameters were not those that it was prepared with")
+        self._optimizers += [wrapped for wrapped in wrappers if wrapped not in self._optimizers]
+        return None, carried
 
     def _slide_connect(self) -> None:
         """Give engines the optimizers of their parameters, where both are prepared now."""
-        for wrapped in self._optimizers:
-            for model in self._models:
-                engine = engine_of(model)
-                if engine is not None and _shares_parameters(wrapped.optimizer, model):
-                    wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
-                    if not wrapped.optimizer.is_bound:
-                        engine.attach_optimizer(wrapped.optimizer)
-                        logger.info("Where the training state lives:\n%s", engine.plan)
-                        if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
-                            logger.warning(NOTHING_KNOWN_OF_BATCHES)
+        for wrapped in list(self._optimizers):
+            models = [model for model in self._models if _shares_parameters(wrapped.optimizer, model)]
+            if not models:
+                continue
+            wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
+            if wrapped.optimizer.is_bound:
+                continue
+            engines = [(engine_of(model), model) for model in models]
+            engine = next((one for one, model in engines if one and one.fits(model, training=True)), None)
+            if engine is None:  # parameters have changed since the model was prepared
+                self._slide_stream(models[0], for_training=True, given=[wrapped.optimizer])
+                continue
+            engine.attach_optimizer(wrapped.optimizer)
+            logger.info("Where the training state lives:\n%s", engine.plan)
+            if NOTHING_KNOWN_OF_BATCHES in engine.plan.notes:
+                logger.warning(NOTHING_KNOWN_OF_BATCHES)
 
     def slide_references(self) -> list[SlideEngine]:
         """Engines of models that were prepared for reading only, as long as they are there."""
@@ -282,12 +351,12 @@ class SlideAccelerator(Accelerator):
         return prepared
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
-        """The global gradient norm before clipping; see `SlideEngine.clip_grad_norm_`."""
+        """The global gradient norm before clipping; see `hf_slideformer.engine.clipping.clip_grad_norm_`."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        for model in self._models:
-            engine = engine_of(model)
-            if engine is not None and any(engine.owns(param) for param in parameters):
-                return engine.clip_grad_norm_(parameters, max_norm, norm_type)
+        engines = dict.fromkeys(filter(None, map(engine_of, self._models)))
+        used = [engine.clipping for engine in engines if any(map(engine.owns, parameters))]
+        if used:
+            return clip_grad_norm_(used, parameters, max_norm, norm_type)
         return super().clip_grad_norm_(parameters, max_norm, norm_type)
 
     def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
@@ -352,8 +421,9 @@ class SlideAccelerator(Accelerator):
         the new one is in its place.
 
         Raises:
-            CheckpointError: too little space.
-            DiskError: a file cannot be written. Either way what was there is as it was.
+            CheckpointError: too little space, or another process saves to the same place.
+            DiskError: a file cannot be written. Either way what was there is as it was, unless the error says that
+                the new state is in its place and only the disk did not confirm it.
             ValueError: automatic naming would write over an older state.
         """
         if not self._slide_owns_everything() or not safe_serialization:
@@ -370,29 +440,43 @@ class SlideAccelerator(Accelerator):
         else:
             assert output_dir is not None, "Accelerate wants a directory too"
             target = Path(output_dir).resolve()
+        in_place = must_be_written_in_place(target)
+        with DirectoryLock(_lock_file(target, named=named, in_place=in_place)):
+            self._slide_save_state(target, in_place, safe_serialization, save_model_func_kwargs)
+        return target if named else Path(output_dir or "")
+
+    def _slide_save_state(
+        self, target: Path, in_place: bool, safe_serialization: bool, kwargs: dict[str, Any]
+    ) -> None:
+        project = self.project_configuration
+        named = project.automatic_checkpoint_naming
         checkpoint = NewCheckpoint(
             target,
             self._slide_files,
             self._slide_state_bytes(),
             _STATE if named else names_of(target),
-            in_place=must_be_written_in_place(target),
+            in_place=in_place,
         )
         iteration = project.iteration
         try:
             project.automatic_checkpoint_naming = False  # it would choose another place
             with self._slide_writes_into(checkpoint), self._slide_state_is_ours():
-                super().save_state(str(checkpoint.path), safe_serialization, **save_model_func_kwargs)
-            checkpoint.finish()
+                super().save_state(str(checkpoint.path), safe_serialization, **kwargs)
+            checkpoint.finish_then(lambda: self._slide_rotate(target.parent) if named else None)
         except BaseException:
-            project.iteration = iteration
+            if not checkpoint.is_in_place:
+                project.iteration = iteration
             checkpoint.abandon()
             raise
         finally:
             project.automatic_checkpoint_naming = named
-        if named and project.total_limit is not None:
-            for old in _states_in(target.parent)[: -max(1, project.total_limit)]:
+
+    def _slide_rotate(self, directory: Path) -> None:
+        """Remove old states beyond the limit of automatic naming."""
+        limit = self.project_configuration.total_limit
+        if limit is not None:
+            for old in _states_in(directory)[: -max(1, limit)]:
                 remove_checkpoint(old, self._slide_files)
-        return target if named else Path(output_dir or "")
 
     @contextlib.contextmanager
     def _slide_writes_into(self, checkpoint: NewCheckpoint) -> Iterator[None]:
@@ -437,10 +521,11 @@ class SlideAccelerator(Accelerator):
             return
         if input_dir is not None:
             target = Path(input_dir).expanduser().resolve()
-            clean_up(target.parent, self._slide_files, names_of(target))
+            lock = _lock_file(target, named=False, in_place=False)
+            self._slide_clean_up(target.parent, names_of(target), lock)
         elif self.project_configuration.automatic_checkpoint_naming:
             base = Path(self.project_dir) / "checkpoints"
-            clean_up(base, self._slide_files, _STATE)
+            self._slide_clean_up(base, _STATE, base / LOCK_FILE)
             states = _states_in(base)
             if not states:
                 raise CheckpointError(f"there is no saved state in {base}; name one: load_state(input_dir)")
@@ -481,6 +566,12 @@ class SlideAccelerator(Accelerator):
             finally:
                 hook.remove()
 
+    def _slide_clean_up(self, directory: Path, names: re.Pattern[str], lock: Path) -> None:
+        """Remove what a killed run left; what another process is writing is no leftover."""
+        if directory.is_dir():
+            with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(lock):
+                clean_up(directory, self._slide_files, names)
+
     def _slide_owns_everything(self) -> bool:
         return (
             bool(self._models)
@@ -511,6 +602,13 @@ class SlideAccelerator(Accelerator):
 _STATE = re.compile(r"checkpoint_(\d+)")
 
 
+def _lock_file(target: Path, *, named: bool, in_place: bool) -> Path:
+    """What keeps other processes from saving a state to the same place: the directory of all, or one name in it."""
+    if in_place:
+        return target / LOCK_FILE
+    return target.parent / (LOCK_FILE if named else f".lock-{target.name}")
+
+
 def _states_in(directory: Path) -> list[Path]:
     """States that were saved under automatic names, oldest first."""
     paths = directory.iterdir() if directory.is_dir() else ()
@@ -530,6 +628,18 @@ def _is_optimizer(obj: Any) -> bool:
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer in Accelerate's wrapper, or itself."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _forget_released(accelerator: SlideAccelerator | None) -> None:
+    """Count a model that has left its engine, and its optimizers, as not prepared."""
+    if accelerator is None:
+        return
+    accelerator._models = [model for model in accelerator._models if engine_of(model) is not None]
+    accelerator._optimizers = [
+        wrapped
+        for wrapped in accelerator._optimizers
+        if not getattr(_unwrapped(wrapped), "has_lost_its_state", False)
+    ]
 
 
 def _shares_parameters(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> bool:

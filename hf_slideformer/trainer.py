@@ -30,7 +30,7 @@ from .engine.follow import follow
 from .engine.loss import DeferredLogits, liger_settings
 from .engine.planning import Planned, plan_for
 from .engine.units import check_has_data
-from .errors import ConfigError, SlideFormerError, StateError, UnsupportedModelError
+from .errors import ConfigError, SlideFormerError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW
 from .planner.plan import Plan
@@ -84,6 +84,19 @@ class SlideStatus:
         if engine is not None:
             engine.synchronize()
 
+    def release(self) -> None:
+        """Make the model an ordinary one again, in RAM, with its weights in the dtypes that they came in.
+
+        Training it goes on with a new trainer.
+
+        Raises:
+            StateError: while `train()` runs; the weights are those of no step; or there is too little RAM.
+        """
+        self._trainer._finish_save()
+        engine = self.engine
+        if engine is not None:
+            engine.release("trainer.slide.release() was called")
+
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Call after writing weights through `p.data`, with the parameters written; other writes are noticed.
 
@@ -112,6 +125,7 @@ class SlideTrainerMixin(CheckpointMixin):
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
         self._slide_config = SlideConfig.of_launch() if slide_config is None else SlideConfig.of(slide_config)
         self.slide = SlideStatus(self)
+        self._in_training = False
         super().__init__(*args, **kwargs)
         self._check_before_streaming()
         if self.slide.engine is None:  # a model that streams already has its place
@@ -130,9 +144,7 @@ class SlideTrainerMixin(CheckpointMixin):
         check_has_data(self.model)
         self._check_model(self.model)
         self._check_optimizer()
-        self.accelerator.count_on_batches(
-            self.train_dataset, self.args.train_batch_size, self.model, collate=self.data_collator
-        )
+        self._count_on_batches()
 
     def _take_over_reference(self) -> None:
         callbacks = self.callback_handler.callbacks
@@ -159,12 +171,24 @@ class SlideTrainerMixin(CheckpointMixin):
         self.accelerator.__class__ = SlideAccelerator
         trainer = weakref.ref(self)
         self.accelerator._slide_will_train = lambda model: model is getattr(trainer(), "model", None)
+        self.accelerator._slide_in_training = lambda: getattr(trainer(), "_in_training", False)
+        self._configure_accelerator()
+        if getattr(self, "train_dataset", None) is not None:  # made anew, for a trial of a search
+            self._count_on_batches()
+        self.args._n_gpu = min(1, self.args._n_gpu)  # several visible GPUs would mean DataParallel
+
+    def _configure_accelerator(self) -> None:
         self.accelerator.configure_slide(
             self._slide_config,
             micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
+            shape=self.accelerator._slide_shape,
         )
-        self.args._n_gpu = min(1, self.args._n_gpu)  # several visible GPUs would mean DataParallel
+
+    def _count_on_batches(self) -> None:
+        self.accelerator.count_on_batches(
+            self.train_dataset, self._train_batch_size, self.model, collate=self.data_collator
+        )
 
     def _overlap_is_exact(self) -> bool:
         return self.args.max_grad_norm in (None, 0) and self.args.gradient_accumulation_steps == 1
@@ -280,9 +304,10 @@ class SlideTrainerMixin(CheckpointMixin):
     # -- training --------------------------------------------------------------------------------------------
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; when it returns, every update is done."""
+        """As in Trainer, with the arguments that are in force now; when it returns, every update is done."""
+        self._check_arguments()
+        self._configure_accelerator()
         self._check_model(self.model)
-        self._remove_leftovers()
         given = self.args.liger_kernel_config
         if self.args.use_liger_kernel:
             self.args.liger_kernel_config = self._liger_config() or given
@@ -296,6 +321,7 @@ class SlideTrainerMixin(CheckpointMixin):
                 error.add_note(f"A checkpoint could not be written either: {of_saving}")
             raise
         finally:
+            self._in_training = False
             self.args.liger_kernel_config = given
         self.slide.synchronize()
         return result
@@ -319,8 +345,8 @@ class SlideTrainerMixin(CheckpointMixin):
             if engine is not None:
                 try:
                     engine.reset()
-                except StateError as broken:
-                    raise broken from error
+                except Exception as broken:  # noqa: BLE001 - every later use of the engine raises it again
+                    error.add_note(f"Training cannot go on after this: {broken}")
             raise
 
 
@@ -387,6 +413,7 @@ class _TellPlan(TrainerCallback):
         Raises:
             CheckpointError: the run will save, and a checkpoint does not fit the disk.
         """
+        self._trainer._in_training = True
         plan = self._trainer.slide.plan
         if args.disable_tqdm:
             logger.info("Where the training state lives:\n%s", plan)

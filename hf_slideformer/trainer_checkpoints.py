@@ -13,7 +13,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +28,12 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from .checkpoint import (
+    LOCK_FILE,
     OPTIMIZER_FOLDER,
     BackgroundSave,
+    DirectoryLock,
     FileOps,
+    Manifest,
     NewCheckpoint,
     SavedCheckpoint,
     SavedOptimizer,
@@ -45,13 +50,15 @@ from .checkpoint import (
     weight_bytes,
 )
 from .config import SlideConfig
-from .errors import CheckpointError, SlideFormerError
+from .errors import CheckpointError, DiskError, SlideFormerError
 from .optim import SlideAdamW
 
 # The mixin's methods call those of the Trainer class that it is put in front of.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
 
 logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
 
 
 class CheckpointMixin(_Trainer):
@@ -61,33 +68,96 @@ class CheckpointMixin(_Trainer):
     slide: Any
     _slide_config: SlideConfig
 
-    def _remove_leftovers(self) -> None:
-        """Remove what a killed run left of checkpoints in the output directory."""
+    _files = FileOps()
+    _locks: tuple[DirectoryLock, ...] = ()
+    _is_training = False
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer; what a killed run left is removed, and nobody else saves to the same place meanwhile.
+
+        Raises:
+            CheckpointError: another process, or another thread, trains there.
+        """
         self._finish_save()
-        if self.args.should_save:
-            clean_up(Path(self.args.output_dir), self._files)
+        if self._is_training:  # a subclass that comes back here
+            return super().train(*args, **kwargs)
+        trial = kwargs.get("trial", args[1] if len(args) > 1 else None)
+        directory = Path(self._get_output_dir(trial=trial))
+        self._is_training = True
+        try:
+            if not self.args.should_save:
+                pass
+            elif SaveStrategy(self.args.save_strategy) != SaveStrategy.NO:
+                with self._owning(directory):
+                    clean_up(directory, self._files)
+            elif directory.is_dir():
+                # It may be shared, until something is saved there after all.
+                with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(directory / LOCK_FILE):
+                    clean_up(directory, self._files)
+            result = super().train(*args, **kwargs)
+            self._finish_save()
+            self._enter_changes()
+            return result
+        finally:
+            self._is_training = False
+            try:
+                self._settle()
+            finally:
+                locks, self._locks = self._locks, ()
+                for lock in locks:
+                    lock.release()
+
+    @contextlib.contextmanager
+    def _owning(self, directory: Path) -> Iterator[None]:
+        """The only process that saves to `directory`; until training ends, if this is a part of it."""
+        file = (directory / LOCK_FILE).absolute()
+        if any(lock.file == file for lock in self._locks):
+            yield
+            return
+        lock = DirectoryLock(file, settle=self._settle)
+        if self._is_training:
+            self._locks += (lock,)
+            yield
+            return
+        with lock:
+            yield
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one; `_finish_save` tells how it went."""
+        if self._pending_save is not None:
+            self._pending_save.wait()
 
     # -- saving ----------------------------------------------------------------------------------------------
 
-    _files = FileOps()
     _new_checkpoint: NewCheckpoint | None = None
     _push_is_due = False
     # Whether the save that comes may go on beside training, and the one that does; the best checkpoint before it.
     _may_overlap = False
     _pending_save: BackgroundSave | None = None
     _best_before_save: str | None = None
+    # Of the checkpoint that was saved last.
+    _manifest: Manifest | None = None
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer; here, and nowhere else, a save may go on beside what follows."""
+        before = self._manifest
         self._may_overlap = (
             self._slide_config.saving == "overlapped"
             and not self.args.push_to_hub
             and not any(_reads_saved(callback) for callback in self.callback_handler.callbacks)
         )
         try:
-            return super()._maybe_log_save_evaluate(*args, **kwargs)
+            result = super()._maybe_log_save_evaluate(*args, **kwargs)
         finally:
             self._may_overlap = False
+        if self._manifest is not before:
+            self._enter_changes()
+        return result
+
+    def _enter_changes(self) -> None:
+        """Take notice of what somebody's code did to the files of the last checkpoint: that is no damage."""
+        if self._manifest is not None:
+            self._manifest.enter_changes()
 
     def _finish_save(self) -> None:
         """Wait until the checkpoint that is being written is in its place.
@@ -100,10 +170,11 @@ class CheckpointMixin(_Trainer):
         save, self._pending_save = self._pending_save, None
         error = save.wait()
         if error is None:
+            self._manifest = save.checkpoint.manifest
             return
         if not save.is_in_place:
             self.state.best_model_checkpoint = self._best_before_save
-        explained = self._explained(save.checkpoint.target, error)
+        explained = self._explained(save.checkpoint.target, error, is_in_place=save.is_in_place)
         raise explained from (None if explained is error else error)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -122,74 +193,136 @@ class CheckpointMixin(_Trainer):
             engine.synchronize()
             if state_dict is None and not isinstance(self.model, PreTrainedModel):
                 joined = joined_state_dict(self.model, engine)
-        save = getattr(self.model, "save_pretrained", None)
-        with contextlib.ExitStack() as stack:
-            new = self._new_checkpoint
-            if new is not None and isinstance(save, SavePretrained):
-                stack.enter_context(save.writing_into(new.tensors[0], new.writer))
+        with self._weights_into_checkpoint():
             super()._save(output_dir, state_dict=state_dict if joined is None else joined)
         if joined is not None:
             set_saved_dtype(Path(output_dir or self.args.output_dir), torch.float32)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """As in Trainer; while a checkpoint is written, the directory that hides it."""
-        if self._new_checkpoint is not None:
-            return str(self._new_checkpoint.outer)
-        return super()._get_output_dir(trial)
+    @contextlib.contextmanager
+    def _weights_into_checkpoint(self) -> Iterator[None]:
+        """While a checkpoint is made, `save_pretrained` of the model has its tensors written with the rest of it."""
+        new, save = self._new_checkpoint, getattr(self.model, "save_pretrained", None)
+        if new is None or not isinstance(save, SavePretrained):
+            yield
+        elif new.tensors:
+            with save.writing_into(new.tensors[0], new.writer):
+                yield
+        else:
+
+            def save_at_once(*args: Any, **kwargs: Any) -> Any:
+                with self._tensors_of(new) as tensors, save.writing_into(tensors, new.writer):
+                    return save(*args, **kwargs)
+
+            self.model.save_pretrained = save_at_once
+            try:
+                yield
+            finally:
+                self.model.save_pretrained = save
+
+    @contextlib.contextmanager
+    def _tensors_of(self, new: NewCheckpoint) -> Iterator[TensorFiles]:
+        """Where to add tensors: to the checkpoint's; where others look at its files, to some that are written then."""
+        if new.tensors:
+            yield new.tensors[0]
+            return
+        tensors = TensorFiles(self.slide.engine.hold())
+        try:
+            yield tensors
+            tensors.write(new.writer)
+        finally:
+            tensors.held.release_all()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As in Trainer; a kill at any instant leaves whole checkpoints only.
 
         Raises:
-            CheckpointError: too little space, or a file that transformers writes could not be written.
-            DiskError: a write failed. Either way nothing of the new checkpoint is left, and the others are whole. If
-                it was to go on beside training, `_finish_save` raises what happens then.
+            CheckpointError: too little space, a file that transformers writes could not be written, or another process
+                saves to the same place.
+            DiskError: a write failed. Either way nothing of the new checkpoint is left, and the others are whole,
+                unless the error says that it is in its place. If it was to go on beside training, `_finish_save`
+                raises what happens then.
         """
         self._finish_save()
-        run_dir = Path(self._get_output_dir(trial))
+        self._enter_changes()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        with self._owning(run_dir):
+            self._write_checkpoint(run_dir, model, trial)
+        if self._push_is_due:
+            self._push_is_due = False
+            super()._push_from_checkpoint(str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"))
+
+    def _write_checkpoint(self, run_dir: Path, model: nn.Module, trial: Any) -> None:
         target = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         best = self._best_before_save = self.state.best_model_checkpoint
-        engine = self.slide.engine
+        others = _code_of_others(self)
+        if others:
+            logger.info(
+                "Training stops while checkpoints are written, for %s to find them", ", ".join(others)
+            )
+        checkpoint: NewCheckpoint | None = None
         try:
             checkpoint = NewCheckpoint(target, self._files, self._checkpoint_bytes())
             try:
-                if engine is not None:
-                    checkpoint.tensors.append(TensorFiles(engine.hold()))
-                self._new_checkpoint = checkpoint
-                try:
+                if self.slide.engine is not None and not others:
+                    checkpoint.tensors.append(TensorFiles(self.slide.engine.hold()))
+                with self._led_into(checkpoint):
                     super()._save_checkpoint(model, trial)
-                finally:
-                    self._new_checkpoint = None
                 # Trainer has looked for the best checkpoint, and put the state, where this one is written.
                 self.state.best_model_checkpoint = self._best_checkpoint(run_dir, best)
                 self.state.save_to_json(str(checkpoint.path / TRAINER_STATE_NAME))
+                if others:
+                    checkpoint.writer.forget_changed()
             except BaseException:
                 checkpoint.abandon()
                 raise
             rotate = partial(self._rotate, run_dir, self.state.best_model_checkpoint)
-            if self._may_overlap:
+            if self._may_overlap and not others:
                 self._pending_save = BackgroundSave(checkpoint, rotate)
                 return
-            checkpoint.finish()
+            checkpoint.finish_then(rotate)
         except BaseException as error:
-            self.state.best_model_checkpoint = best
+            is_in_place = checkpoint is not None and checkpoint.is_in_place
+            if not is_in_place:
+                self.state.best_model_checkpoint = best
             self._push_is_due = False
-            explained = self._explained(target, error)
+            explained = self._explained(target, error, is_in_place=is_in_place)
             if explained is error:
                 raise
             raise explained from error
-        rotate()
-        if self._push_is_due:
-            self._push_is_due = False
-            super()._push_from_checkpoint(str(target))
+        self._manifest = checkpoint.manifest
 
-    def _explained(self, target: Path, error: BaseException) -> BaseException:
+    @contextlib.contextmanager
+    def _led_into(self, checkpoint: NewCheckpoint) -> Iterator[None]:
+        """Trainer's own code, and what of a subclass runs in it, writes into the hidden directory."""
+        given = vars(self).get("_get_output_dir")
+        # On the instance, for subclasses may have one of their own.
+        vars(self)["_get_output_dir"] = lambda trial=None: str(checkpoint.outer)
+        self._new_checkpoint = checkpoint
+        try:
+            yield
+        finally:
+            self._new_checkpoint = None
+            del vars(self)["_get_output_dir"]
+            if given is not None:
+                vars(self)["_get_output_dir"] = given
+
+    def _explained(self, target: Path, error: BaseException, *, is_in_place: bool) -> BaseException:
         """The error to raise for one that came up while `target` was written."""
         if not _is_about_files(error):
             return error
+        if is_in_place:
+            return CheckpointError(
+                f"{target} is in its place and whole, but what comes after that failed ({error})"
+            )
+        advice = ""
+        if str(target) in str(error) and not target.exists():
+            advice = (
+                "; a checkpoint is not in its place before it is whole: code that adds to it takes its directory from "
+                "self._get_output_dir(trial=trial), or stands in a subclass of the class with SlideTrainerMixin"
+            )
         return CheckpointError(
             f"{target} could not be written ({error}); {self._free_space(target.parent)}; nothing of it is left, and "
-            "earlier checkpoints are as they were"
+            f"earlier checkpoints are as they were{advice}"
         )
 
     def _free_space(self, directory: Path) -> str:
@@ -232,8 +365,16 @@ class CheckpointMixin(_Trainer):
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
-        kept = {*checkpoints[-1:], *([str(Path(best))] if best is not None else [])}
+        # A link by another name (checkpoint-latest) is somebody's own.
+        checkpoints = [
+            path
+            for path in sort_checkpoints(str(run_dir), use_mtime=True)
+            if _CHECKPOINT.fullmatch(Path(path).name)
+        ]
+        kept = {
+            *checkpoints[-1:],
+            *(path for path in checkpoints if best is not None and _is_same(path, best)),
+        }
         surplus = len(checkpoints) - max(limit, len(kept))
         for checkpoint in [path for path in checkpoints if path not in kept][: max(0, surplus)]:
             remove_checkpoint(Path(checkpoint), self._files)
@@ -255,8 +396,8 @@ class CheckpointMixin(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         new = self._new_checkpoint
-        folder = Path(output_dir) / OPTIMIZER_FOLDER
-        save_optimizer(engine, optimizer, folder, new.tensors[0], new.writer)
+        with self._tensors_of(new) as tensors:
+            save_optimizer(engine, optimizer, Path(output_dir) / OPTIMIZER_FOLDER, tensors, new.writer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers that remind one to save the optimizer too
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
@@ -346,12 +487,53 @@ _UPLOADS = {"TrackioCallback": None, "WandbCallback": "_log_model", "MLflowCallb
 def _reads_saved(callback: TrainerCallback) -> bool:
     """Whether a callback may look for the checkpoint in `on_save`."""
     kind = type(callback)
+    if "on_save" in vars(callback):
+        return True
     if kind.on_save is TrainerCallback.on_save or kind.__module__.startswith("hf_slideformer."):
         return False
     if not kind.__module__.startswith("transformers.") or kind.__name__ not in _UPLOADS:
         return True
     flag = getattr(callback, _UPLOADS[kind.__name__] or "", False)
     return bool(getattr(flag, "is_enabled", flag))
+
+
+# What Trainer goes through when it saves: code of others in there may look at the files, or add some.
+_SAVING = (
+    "_maybe_log_save_evaluate",
+    "_save_checkpoint",
+    "save_model",
+    "_save",
+    "_save_optimizer_and_scheduler",
+    "_save_scaler",
+    "_save_rng_state",
+)
+# Packages whose trainers leave files alone after a save, or write them where it leads them.
+_KNOWN = ("hf_slideformer", "transformers", "trl")
+
+
+def _code_of_others(trainer: Any) -> list[str]:
+    """Methods that take part in saving and are neither ours nor transformers': a subclass's, or put in their place."""
+    places = [("trainer", vars(trainer)), *((kind.__name__, vars(kind)) for kind in type(trainer).__mro__)]
+    return [
+        f"{place}.{name}"
+        for place, found in places
+        for name in _SAVING
+        if name in found and _is_others(found[name])
+    ]
+
+
+def _is_others(method: Any) -> bool:
+    function = getattr(method, "__func__", method)
+    # Not `__module__`, which wrappers copy.
+    module = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] not in _KNOWN
+
+
+def _is_same(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return os.path.abspath(path) == os.path.abspath(other)
 
 
 def _is_about_files(error: BaseException) -> bool:

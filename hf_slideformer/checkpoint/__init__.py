@@ -2,6 +2,7 @@
 
 from .background import BackgroundSave
 from .directory import (
+    Manifest,
     NewCheckpoint,
     SavedCheckpoint,
     check_free_space,
@@ -11,6 +12,7 @@ from .directory import (
     remove_checkpoint,
 )
 from .files import FileOps, Writer
+from .lock import LOCK_FILE, DirectoryLock
 from .optimizer import OPTIMIZER_FOLDER, SavedOptimizer, optimizer_bytes, save_optimizer
 from .tensors import TensorFiles
 from .weights import (
@@ -27,8 +29,11 @@ from .weights import (
 
 __all__ = [
     "BackgroundSave",
+    "LOCK_FILE",
     "OPTIMIZER_FOLDER",
+    "DirectoryLock",
     "FileOps",
+    "Manifest",
     "NewCheckpoint",
     "SavePretrained",
     "SavedCheckpoint",

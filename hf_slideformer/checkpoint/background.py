@@ -16,15 +16,11 @@ class BackgroundSave:
     Args:
         checkpoint: all of it but its tensors is written.
         finished: called in the thread once it is in its place: rotation.
-
-    Attributes:
-        is_in_place: whether the checkpoint is there, whole.
     """
 
     def __init__(self, checkpoint: NewCheckpoint, finished: Callable[[], None]) -> None:
         self.checkpoint = checkpoint
         self._finished = finished
-        self.is_in_place = False
         self._error: BaseException | None = None
         name = f"saving {checkpoint.target.name}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=False)
@@ -37,11 +33,14 @@ class BackgroundSave:
 
     def _run(self) -> None:
         try:
-            self.checkpoint.finish()
-            self.is_in_place = True
-            self._finished()
+            self.checkpoint.finish_then(self._finished)
         except BaseException as error:  # noqa: BLE001 - carried to the thread that waits
             self._error = error
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the checkpoint is there, whole; it may be although saving failed."""
+        return self.checkpoint.is_in_place
 
     @property
     def is_over(self) -> bool:

@@ -6,6 +6,7 @@ of a cryptographic hash's time. They guard against decay, not against forgery.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -53,8 +54,12 @@ class FileOps:
         path.mkdir(parents=True, exist_ok=True)
 
     def remove_tree(self, path: Path) -> None:
-        """Remove a directory and all in it; nothing if it is not there."""
-        shutil.rmtree(path, ignore_errors=True)
+        """Remove a directory and all in it; of a link only the link; nothing if it is not there."""
+        if path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
     def free_bytes(self, directory: Path) -> int:
         """Bytes that an ordinary user may still write to the file system of `directory`."""
@@ -76,6 +81,22 @@ class FileRecord:
     def of_dict(cls, values: dict[str, Any]) -> FileRecord:
         """From a checkpoint's manifest."""
         return cls(int(values["bytes"]), int(values["crc32"], 16))
+
+
+# Size, time of the last change and inode: it is another one when somebody has written to a file, or replaced it.
+FileVersion = tuple[int, int, int]
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """The version of a file that is there; None where it is not."""
+    try:
+        return _version_of(path.stat())
+    except FileNotFoundError:
+        return None
+
+
+def _version_of(found: os.stat_result) -> FileVersion:
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def gib(nbytes: int) -> str:
@@ -207,6 +228,7 @@ class Writer:
     def __init__(self, files: FileOps | None = None) -> None:
         self.files = files or FileOps()
         self.records: dict[Path, FileRecord] = {}
+        self._versions: dict[Path, FileVersion] = {}
 
     def write(self, path: Path, pieces: Iterable[memoryview]) -> None:
         """Write `pieces` one after another to a new file and wait until they are on the disk.
@@ -240,6 +262,19 @@ class Writer:
                 pass
             self.records[path] = FileRecord(reader.nbytes, reader._crc)
         return self.records[path]
+
+    def forget_changed(self) -> None:
+        """Forget files that are not as they were written, so that they count as somebody else's."""
+        self.records = {
+            path: record
+            for path, record in self.records.items()
+            if file_version(path) == self._versions.get(path)
+        }
+
+    def remember(self, path: Path, record: FileRecord, descriptor: int) -> None:
+        """Take down what an open file of this writer came to."""
+        self.records[path] = record
+        self._versions[path] = _version_of(os.fstat(descriptor))
 
     def rename(self, source: Path, target: Path) -> None:
         """Move a file or directory."""
@@ -295,11 +330,12 @@ class NewFile:
         Raises:
             DiskError: it did not get there.
         """
+        assert self._descriptor is not None, "closed"
         try:
             self._writer.call("syncing", self._path, self._writer.files.fsync, self._descriptor)
+            self._writer.remember(self._path, FileRecord(self._offset, self._crc), self._descriptor)
         finally:
             self.close()
-        self._writer.records[self._path] = FileRecord(self._offset, self._crc)
 
     def close(self) -> None:
         """Give the descriptor back."""

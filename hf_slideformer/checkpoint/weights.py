@@ -60,7 +60,7 @@ class SavePretrained(ReplacedMethod):
         self._into: tuple[TensorFiles, Writer] | None = None
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = self._engine()
+        engine = None if self.removed else self._engine()
         if engine is None or args or kwargs.get("state_dict") is not None:
             return self.original(save_directory, *args, **kwargs)
         tensors, writer = self._into or (TensorFiles(engine.hold()), Writer())
@@ -101,7 +101,9 @@ def save_exactly(model: Any, engine: SlideEngine) -> None:
     """
     for module in {model, getattr(model, "get_base_model", lambda: model)()}:
         if hasattr(module, "save_pretrained"):
-            module.save_pretrained = SavePretrained(module, engine)
+            method = SavePretrained(module, engine)
+            method.put("save_pretrained")
+            engine.on_release(method.remove)
 
 
 def joined_state_dict(model: nn.Module, engine: SlideEngine) -> dict[str, torch.Tensor] | None:

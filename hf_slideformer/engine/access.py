@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..memory.pool import SlotPool
@@ -19,6 +20,7 @@ from ..optim.state import ParamState
 from .adapters import watch_adapters
 from .hooks import Hook
 from .placed import PlacedState
+from .replaced import ReplacedMethod
 from .updates import Updates
 
 
@@ -36,22 +38,44 @@ class StateAccess:
         self._updates = updates
         self._pool = pool
         self._in_hand = False
+        # What `watch` has put on the model.
+        self._watching: list[RemovableHandle | ReplacedMethod] = []
         # A `load_state_dict` that is going on: of which module, and its fp32 values by parameter.
         self._load_root: nn.Module | None = None
         self._loading: dict[int, torch.Tensor] = {}
 
     def watch(self, model: nn.Module) -> None:
         """Notice from now on who reads and writes the state without asking, and who runs the model."""
-        watch_adapters(model, self.weights_in_hand)
+        watching = self._watching
+        watching += watch_adapters(model, self.weights_in_hand)
         outside = {id(state.param) for state in self._placed.outside}
         for module in model.modules() if outside else ():
             owns = any(id(param) in outside for param in module.parameters(recurse=False))
             if owns or module is model or isinstance(module, PreTrainedModel):
-                module.register_forward_pre_hook(Hook(self._updates, Updates.wait_outside))
+                wait = Hook(self._updates, Updates.wait_outside)
+                watching.append(module.register_forward_pre_hook(wait))
         for module in model.modules():
-            module.register_state_dict_pre_hook(Hook(self, StateAccess.synchronize))
-            module.register_load_state_dict_pre_hook(Hook(self, StateAccess.load_begins))
-            module.register_load_state_dict_post_hook(Hook(self, StateAccess.load_ends))
+            watching += [
+                module.register_state_dict_pre_hook(Hook(self, StateAccess.synchronize)),
+                module.register_load_state_dict_pre_hook(Hook(self, StateAccess.load_begins)),
+                module.register_load_state_dict_post_hook(Hook(self, StateAccess.load_ends)),
+            ]
+
+    def give_up(self) -> None:
+        """Make every parameter an ordinary tensor in RAM, unit by unit, and stop noticing who reads and writes it.
+
+        Raises:
+            TransferError: reading from disk failed; the cause is chained. Some units have been given up, others not.
+        """
+        for state in self._placed.states:
+            state.param.grad = None
+        self._placed.free_for_training()
+        for group, states in enumerate(self._placed.by_unit()):
+            with self.state_in_memory(states):
+                self._placed.make_ordinary(states)
+            self._placed.free(group)
+        while self._watching:
+            self._watching.pop().remove()
 
     def synchronize(self, *_: object) -> None:
         """See `Updates.synchronize`; called before `state_dict` of the model or a part of it."""

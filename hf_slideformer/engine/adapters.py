@@ -38,7 +38,7 @@ class AdapterMethod(ReplacedMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         weights_in_hand = self._weights_in_hand()
-        if weights_in_hand is None:
+        if weights_in_hand is None or self.removed:
             return self.original(*args, **kwargs)
         with weights_in_hand(self.module):
             return self.original(*args, **kwargs)
@@ -46,9 +46,13 @@ class AdapterMethod(ReplacedMethod):
 
 def watch_adapters(
     model: nn.Module, weights_in_hand: Callable[[nn.Module], contextlib.AbstractContextManager]
-) -> None:
-    """Make the adapter layers of `model` merge into masters."""
+) -> list[AdapterMethod]:
+    """Make the adapter layers of `model` merge into masters; returns what was put there."""
+    methods = []
     for module in model.modules():
         if hasattr(module, "base_layer") and all(callable(getattr(module, name, None)) for name in _METHODS):
             for name in _METHODS:
-                setattr(module, name, AdapterMethod(module, name, weights_in_hand))
+                method = AdapterMethod(module, name, weights_in_hand)
+                method.put(name)
+                methods.append(method)
+    return methods

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+from slideformer_kernels import sum_of_squares
 
 from ..errors import StateError
 from ..optim.state import ParamState
@@ -20,49 +21,38 @@ class Clipping:
         states: of all parameters, in registration order.
         device: where units compute.
         overlapped: updates start before the norm is known, so that it is only reported.
+
+    Attributes:
+        gradients: of these parameters; None until there is an optimizer.
     """
 
     def __init__(self, states: Sequence[ParamState], device: torch.device, *, overlapped: bool) -> None:
         self._states = states
-        self._device = device
-        self._overlapped = overlapped
+        self.device = device
+        self.overlapped = overlapped
+        self.gradients: Gradients | None = None
         # By parameter: the gradient that was clipped, its version then, and the coefficient.
         self._clipped: dict[int, tuple[weakref.ref[torch.Tensor], int, float]] = {}
 
-    def clip(
-        self, gradients: Gradients, params: Sequence[torch.Tensor], max_norm: float, norm_type: float
-    ) -> torch.Tensor:
-        """See `SlideEngine.clip_grad_norm_`."""
-        if self._overlapped and math.isfinite(max_norm):
-            raise StateError(
-                f"clip_grad_norm_(max_norm={max_norm}) after overlapped updates have started; use "
-                "SlideConfig(update='deferred')"
-            )
-        given = {id(param) for param in params}
-        pending = [state for state in self._states if gradients.landed(state)]
-        if norm_type != 2.0 or any(id(state.param) not in given for state in pending):
-            self.apply(self._states)
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        squares = [gradients.squared_norm(state) for state in pending]
-        if self._overlapped:
-            total = torch.zeros((), dtype=torch.float64, device=self._device)
-            for square in squares:
-                total = total + square
-            return total.sqrt().to(torch.float32)
-        scales = [self.scale_of(state) for state in pending]
-        norm = math.sqrt(sum(sq * scale * scale for sq, scale in zip(_to_host(squares), scales, strict=True)))
-        # The same arithmetic as torch's, infinities and NaN included.
-        coefficient = float("nan") if math.isinf(norm) and math.isinf(max_norm) else max_norm / (norm + 1e-6)
-        if not coefficient >= 1.0:
-            for state, scale in zip(pending, scales, strict=True):
-                grad = state.param.grad
-                assert grad is not None
-                self._clipped[state.order] = (
-                    weakref.ref(grad),
-                    grad._version,
-                    _round_to_fp32(scale * coefficient),
-                )
-        return torch.tensor(norm, dtype=torch.float32)
+    def pending(self) -> list[ParamState]:
+        """Parameters that have a gradient in this step."""
+        return [] if self.gradients is None else [s for s in self._states if self.gradients.landed(s)]
+
+    def squares(self, states: Sequence[ParamState]) -> list[torch.Tensor | float]:
+        """Sum of squares of each gradient, its unused coefficient left out."""
+        assert self.gradients is not None
+        return [self.gradients.squared_norm(state) for state in states]
+
+    def multiply(self, states: Sequence[ParamState], scales: Sequence[float]) -> None:
+        """Note the coefficients that updates are to multiply gradients by."""
+        for state, scale in zip(states, scales, strict=True):
+            grad = state.param.grad
+            assert grad is not None
+            self._clipped[state.order] = (weakref.ref(grad), grad._version, _round_to_fp32(scale))
+
+    def apply_all(self) -> None:
+        """Multiply all pending gradients by their coefficients now."""
+        self.apply(self._states)
 
     def scale_of(self, state: ParamState) -> float:
         """The coefficient that a parameter's pending gradient still has to be multiplied by.
@@ -101,11 +91,87 @@ class Clipping:
         self._clipped.clear()
 
 
-def _to_host(values: list[torch.Tensor | float]) -> list[float]:
-    """Bring device scalars to the host in one copy, order kept."""
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    fetched = iter(torch.stack([t.to(torch.float64) for t in tensors]).tolist() if tensors else ())
-    return [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]
+def clip_grad_norm_(
+    models: Sequence[Clipping], params: Sequence[torch.Tensor], max_norm: float, norm_type: float
+) -> torch.Tensor:
+    """Clip the joint norm of gradients, those of streamed models and any others, as torch's function of that name does.
+
+    Streamed models' gradients are not touched: their coefficient is applied inside the update. Per parameter the sum of
+    squares has one fixed summation tree; they are added in float64, models' parameters in registration order.
+
+    Args:
+        models: those that some of `params` belong to.
+        params: normally all of each model's; a part of one is clipped in place by torch's own function.
+        max_norm: the largest norm; inf only measures.
+        norm_type: 2.0, or any other norm by torch's own function.
+
+    Returns:
+        The norm before clipping, 0-dim fp32. Of one model with overlapped updates it lives on the device and is not
+        waited for.
+
+    Raises:
+        StateError: a finite `max_norm` after overlapped updates have started.
+    """
+    if math.isfinite(max_norm) and any(model.overlapped for model in models):
+        raise StateError(
+            f"clip_grad_norm_(max_norm={max_norm}) after overlapped updates have started; use "
+            "SlideConfig(update='deferred')"
+        )
+    given = {id(param) for param in params}
+    pending = [model.pending() for model in models]
+    if norm_type != 2.0 or any(id(state.param) not in given for states in pending for state in states):
+        for model in models:
+            model.apply_all()
+        return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
+    owned = {id(state.param) for states in pending for state in states}
+    others = [param.grad for param in params if id(param) not in owned and param.grad is not None]
+    squares = [
+        square for model, states in zip(models, pending, strict=True) for square in model.squares(states)
+    ]
+    if len(models) == 1 and models[0].overlapped and not others:
+        total = torch.zeros((), dtype=torch.float64, device=models[0].device)
+        for square in squares:
+            total = total + square
+        return total.sqrt().to(torch.float32)
+    scales = [
+        model.scale_of(state) for model, states in zip(models, pending, strict=True) for state in states
+    ]
+    values = _to_host([*squares, *map(_squared_norm, others)])
+    known = [*scales, *(1.0 for _ in others)]
+    norm = math.sqrt(sum(square * scale * scale for square, scale in zip(values, known, strict=True)))
+    # The same arithmetic as torch's, infinities and NaN included.
+    coefficient = float("nan") if math.isinf(norm) and math.isinf(max_norm) else max_norm / (norm + 1e-6)
+    if not coefficient >= 1.0:
+        remaining = iter(scales)
+        for model, states in zip(models, pending, strict=True):
+            model.multiply(states, [next(remaining) * coefficient for _ in states])
+        with torch.no_grad():
+            for grad in others:
+                grad.mul_(coefficient)
+    return torch.tensor(norm, dtype=torch.float32)
+
+
+def _squared_norm(grad: torch.Tensor) -> torch.Tensor | float:
+    grad = grad.detach()
+    if grad.layout is torch.strided and grad.dtype in (torch.float32, torch.bfloat16):
+        return sum_of_squares(grad.contiguous())
+    return torch.linalg.vector_norm(grad.to_dense() if grad.is_sparse else grad, dtype=torch.float64) ** 2
+
+
+def _to_host(values: Sequence[torch.Tensor | float]) -> list[float]:
+    """Bring device scalars to the host in one copy for each device, order kept."""
+    fetched: list[float] = [0.0] * len(values)
+    places: dict[torch.device, list[int]] = {}
+    for position, value in enumerate(values):
+        if isinstance(value, torch.Tensor):
+            places.setdefault(value.device, []).append(position)
+        else:
+            fetched[position] = value
+    for positions in places.values():
+        stacked = torch.stack([values[position].to(torch.float64) for position in positions])  # type: ignore[union-attr]
+        for position, value in zip(positions, stacked.tolist(), strict=True):
+            fetched[position] = value
+    return fetched
 
 
 def _round_to_fp32(value: float) -> float:

@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import SlideConfig
-from ..errors import PlanError, StateError
-from ..hardware import default_update_threads
+from ..errors import PlanError, SlideFormerError, StateError, UnsupportedModelError
+from ..hardware import available_ram_bytes, default_update_threads
 from ..memory.allocator import use_expandable_segments
 from ..memory.disk_state import DiskState
 from ..memory.offload import TensorOffload
@@ -47,17 +48,19 @@ from ..planner.workload import Decisions
 from .access import StateAccess
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
-from .clipping import Clipping
+from .clipping import Clipping, clip_grad_norm_
 from .executor import Executor, Unit, UnitForward, check_unchanged
-from .gradients import Gradients
+from .gradients import Gradients, set_gradient
 from .held import HeldState
 from .hooks import Hook
+from .leaving import watch_leaving
 from .loss import defer_logits
 from .on_disk import UnitsOnDisk
 from .outside import OutsideUpdates
 from .placed import PlacedState
 from .planning import find_budgets, plan_for
-from .units import check_has_data
+from .replaced import ReplacedMethod
+from .units import check_has_data, check_no_hooks, find_units
 from .updates import Failure, Updates
 
 logger = logging.getLogger(__name__)
@@ -118,6 +121,12 @@ class SlideEngine:
         self.metrics.tracing = config.trace_steps > 0
         self._accumulates = micro_batches > 1
         self._steps = 0
+
+        self._left = ""
+        self._optimizers: weakref.WeakSet[SlideAdamW] = weakref.WeakSet()  # all that were ever attached
+        self._on_release: list[Callable[[], None]] = []
+        # Whether a trainer is in the middle of training, when the model must not leave; whoever prepares it says so.
+        self.in_training: Callable[[], bool] = lambda: False
 
         if read_only:
             model.requires_grad_(False)
@@ -188,15 +197,18 @@ class SlideEngine:
         )
         units = self._placed.units
         self.executor = Executor(device, units, self.pool, offload, self, self.check)
+        self._methods: list[ReplacedMethod] = []
         for unit in units:
-            unit.found.module.forward = UnitForward(self.executor, unit)
-        self._clipping = Clipping(self.states, device, overlapped=self.overlapped)
+            forward = UnitForward(self.executor, unit)
+            forward.put("forward")
+            self._methods.append(forward)
+        self.clipping = Clipping(self.states, device, overlapped=self.overlapped)
         self._updates = Updates(
             self._placed,
             outside=self._outside_updates(),
             worker=self._worker,
             tape=self.executor.tape,
-            clipping=self._clipping,
+            clipping=self.clipping,
             failure=self._failure,
             metrics=self.metrics,
             device=device,
@@ -204,11 +216,16 @@ class SlideEngine:
             threads=config.cpu_threads or default_update_threads(device),
         )
         self._access = StateAccess(self._placed, self._updates, self.pool)
+        # Resident parameters whose gradient became an fp32 sum, for a second backward that nobody had announced.
+        self._promoted: list[ParamState] = []
         self._logits_readers: set[str] = set()
         self._said: list[str] = []
         if blueprint.head.module is not None:
-            defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
+            head = defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
+            self._methods.append(head)
         self._access.watch(model)
+        self._methods += watch_leaving(model, self)
+        self._names = _names(model)
         # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
         self._gradient_hooks += [
             state.param.register_hook(Hook(self, SlideEngine._refuse_backward))
@@ -286,12 +303,18 @@ class SlideEngine:
         if first:
             while self._gradient_hooks:
                 self._gradient_hooks.pop().remove()
+            self._gradient_hooks += [
+                state.param.register_hook(Hook(self, functools.partial(SlideEngine._before_sum, state=state)))
+                for state in self.states
+                if state.unit is None and state.param.requires_grad
+            ]
             if self.overlapped:
                 self._update_residents_in_backward()
         self._updates.use(optimizer)
         optimizer.bind(self)
+        self._optimizers.add(optimizer)
         self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
-        self.gradients = self._make_gradients()
+        self.gradients = self.clipping.gradients = self._make_gradients()
 
     def _make_gradients(self) -> Gradients:
         layouts = self._blueprint.streamed_layouts(self.plan.decisions)
@@ -313,7 +336,8 @@ class SlideEngine:
             overlapped=self.overlapped,
             staging=staging,
             overlapped_update=self._updates.overlapped_update,
-            take_scale=self._clipping.take_scale,
+            take_scale=self.clipping.take_scale,
+            units=self._placed.streamed,
             disk=self._disk.state if self._disk is not None else None,
             tape=self.executor.tape,
         )
@@ -322,19 +346,37 @@ class SlideEngine:
 
     def begin_forward(self) -> None:
         """See `GradientSink`."""
-        outside = [state for state in self.states if state.unit is None]
-        for state in outside:
-            check_unchanged(state)
-        self._updates.check_used_once()
-        # Autograd is about to add to these gradients, so their clip coefficients are due now.
-        self._clipping.apply(outside)
+        for state in self.states:
+            if state.unit is None:
+                check_unchanged(state)
+        for unit in self.executor.units:
+            for name, param in unit.found.parameters.items() if not unit.streamed else ():
+                check_no_hooks(name, param)
+        for state in self._promoted:
+            if state.param.grad is None:  # a step is over
+                state.param.grad_dtype = state.spec.dtype
+        self._promoted = [state for state in self._promoted if state.param.grad is not None]
 
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
         if self.gradients is None:
+            self.check()
             self._refuse_backward()
         assert self.gradients is not None
         self.gradients.begin_unit(unit)
+
+    def _before_sum(self, _grad: torch.Tensor, *, state: ParamState) -> None:
+        """Called when autograd is about to fill the gradient of a resident parameter, or to add to it."""
+        if self.executor.in_unit:
+            return
+        self._updates.check_used_once(state)
+        grad = state.param.grad
+        if grad is None:
+            return
+        self.clipping.apply([state])  # what is added is not to be multiplied by it
+        if grad.dtype != torch.float32:  # as sums in RAM are
+            set_gradient(state, grad.float())
+            self._promoted.append(state)
 
     def _refuse_backward(self, *_: object) -> None:
         raise StateError(
@@ -367,27 +409,15 @@ class SlideEngine:
     def clip_grad_norm_(
         self, parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0
     ) -> torch.Tensor:
-        """Clip the global gradient norm, as `torch.nn.utils.clip_grad_norm_` does, without touching gradients.
-
-        The coefficient is applied inside the update. Per parameter the sum of squares has one fixed summation
-        tree; parameters are added in registration order in float64.
+        """Clip the global gradient norm without touching gradients; see `clipping.clip_grad_norm_`.
 
         Args:
-            parameters: normally all of the model's; a subset is clipped in place by torch's own function.
+            parameters: of this model, and any others.
             max_norm: the largest norm; inf only measures.
             norm_type: 2.0, or any other norm by torch's own function.
-
-        Returns:
-            The norm before clipping, 0-dim fp32. With overlapped updates it lives on the device and is not
-            waited for.
-
-        Raises:
-            StateError: a finite `max_norm` after overlapped updates have started.
         """
         params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if self.gradients is None:
-            return torch.nn.utils.clip_grad_norm_(params, max_norm, norm_type)
-        return self._clipping.clip(self.gradients, params, max_norm, norm_type)
+        return clip_grad_norm_([self.clipping], params, max_norm, norm_type)
 
     def param_state(self, param: torch.Tensor) -> ParamState:
         """See `OptimizerBackend`."""
@@ -408,8 +438,15 @@ class SlideEngine:
         """
         self.check()
         assert self.gradients is not None
-        self._updates.step()
-        self._clipping.clear()
+        self.gradients.check_used_up()
+        steps = [state.step for state in self.states]
+        try:
+            self._updates.step()
+        except BaseException as error:
+            if steps != [state.step for state in self.states]:
+                self._failure.note(error)  # some parameters are a step ahead of the others
+            raise
+        self.clipping.clear()
         self.gradients.forget_norms()
         self.executor.tape.restart()
         for unit in self.executor.units:
@@ -438,6 +475,11 @@ class SlideEngine:
         Raises:
             StateError: with the cause.
         """
+        if self._left:
+            raise StateError(
+                f"the model left its engine, because {self._left}, between a forward and what belongs to it; run "
+                "forward again, with a new optimizer once the model is prepared again"
+            )
         self._failure.check()
 
     def synchronize(self) -> None:
@@ -462,23 +504,33 @@ class SlideEngine:
     def reset(self) -> None:
         """Make the engine usable after an exception between forward and backward, or inside either.
 
-        Pending gradients of the interrupted backward are dropped.
+        Pending gradients of the interrupted backward are dropped, and so is every lease.
 
         Raises:
-            StateError: some units were already updated by an interrupted overlapped backward.
+            StateError: some units were already updated by an interrupted overlapped backward, or some parameters by an
+                interrupted step.
         """
-        if self.gradients is not None:
-            self.gradients.abandon()
-        self.executor.offload.abandon()
-        self.executor.drop_inputs()
+        self._abandon()
         self._updates.abandon()
+        # What was cut short between submitting work and keeping its handle.
+        for lane in self._lanes:
+            lane.drain()
+        self._worker.drain()
+        self.pool.reset()
         for state in self.states:
             state.param.grad = None
-        self._clipping.clear()
+        self.clipping.clear()
         self.executor.tape.recorded.clear()
         for unit in self.executor.units:
             unit.forwards_since_step = 0
         self.check()
+
+    def _abandon(self) -> None:
+        """Forget what is on its way between device and RAM."""
+        if self.gradients is not None:
+            self.gradients.abandon()
+        self.executor.offload.abandon()
+        self.executor.drop_inputs()
 
     def states_by_unit(self) -> list[list[ParamState]]:
         """See `PlacedState.by_unit`."""
@@ -507,10 +559,10 @@ class SlideEngine:
         """Whether `param` is a parameter of this engine's model."""
         return self._placed.state_of(param) is not None
 
-    def check_settings(
+    def other_setting(
         self, *, bf16: bool, config: SlideConfig, micro_batches: int, overlap_is_exact: bool
-    ) -> None:
-        """Raise `StateError` if the model was prepared with settings that are not these."""
+    ) -> str:
+        """The first setting that is not the one that the model was prepared with, in words; empty if there is none."""
         overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
         wanted = {
             "bf16": bf16,
@@ -528,10 +580,21 @@ class SlideEngine:
         }
         for name, value in wanted.items():
             if have[name] != value:
-                raise StateError(
-                    f"this model was prepared with {name}={have[name]} and is now wanted with {value}; load the model "
-                    "anew for other settings (precision, clipping, accumulation, slide_config)"
-                )
+                return f"this model was prepared with {name}={have[name]} and is now wanted with {value}"
+        return ""
+
+    def check_settings(
+        self, *, bf16: bool, config: SlideConfig, micro_batches: int, overlap_is_exact: bool
+    ) -> None:
+        """Raise `StateError` if the model was prepared with settings that are not these."""
+        other = self.other_setting(
+            bf16=bf16, config=config, micro_batches=micro_batches, overlap_is_exact=overlap_is_exact
+        )
+        if other:
+            raise StateError(
+                f"{other}; release() the model, and prepare it again, for other settings (precision, clipping, "
+                "accumulation, slide_config)"
+            )
 
     @property
     def host_state_bytes(self) -> int:
@@ -552,6 +615,103 @@ class SlideEngine:
         """Finish pending work and end the threads. The model keeps its (host) weights."""
         self._updates.wait_held()
         self._finalizer()
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def fits(self, model: nn.Module, *, training: bool) -> bool:
+        """Whether `model` is what this engine was made for, as it was then.
+
+        Args:
+            model: has units of this engine.
+            training: it will be trained, so every parameter must be as it was; for evaluation the model may be a part
+                of the engine's, and what is trainable does not matter.
+        """
+        states = {id(state.param): state for state in self.states}
+        for param in model.parameters():
+            state = states.get(id(param))
+            if state is None or param.data_ptr() != state.live.data_ptr():
+                return False
+            if training and param.requires_grad != state.spec.trainable:
+                return False
+        if not training:
+            return True
+        try:
+            units = [unit.module for unit in find_units(model)]
+        except UnsupportedModelError:
+            return False
+        same_units = units == [unit.found.module for unit in self.executor.units]
+        return same_units and not self.read_only and _names(model) == self._names
+
+    def owned(self, module: nn.Module) -> list[ParamState]:
+        """States of the parameters in `module` and below."""
+        found = (self._placed.state_of(param) for param in module.parameters())
+        return [state for state in found if state is not None]
+
+    def on_release(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called when the model has left."""
+        self._on_release.append(callback)
+
+    def release(self, reason: str = "release() was called") -> None:
+        """Make the model an ordinary one, with its weights in RAM in the dtypes that they came in, and close.
+
+        Pending updates and a save that is going on are finished first; masters are joined exactly. Memory is let go of
+        unit by unit. Gradients are dropped, what is frozen stays so. The optimizer cannot be used any more.
+
+        Args:
+            reason: a clause for later errors that says what happened.
+
+        Raises:
+            StateError: a trainer is training it, its weights are those of no step, state on disk cannot be read, or
+                there is too little RAM.
+        """
+        if self._left:
+            return
+        if self.in_training():
+            raise StateError(
+                f"the model cannot leave its engine while it is trained ({reason}); do it when train() has returned"
+            )
+        try:
+            self.check()
+            self._updates.wait_held()
+            self.synchronize()
+            self._check_room()
+        except SlideFormerError as error:
+            raise StateError(
+                f"{reason}, for which the model would have to leave its engine, but it cannot ({error}); load the "
+                "model anew"
+            ) from error
+        self._abandon()
+        self.pool.free()
+        self.gradients = None
+        while self._gradient_hooks:
+            self._gradient_hooks.pop().remove()
+        try:
+            self._access.give_up()
+        except BaseException as error:
+            self._failure.note(error)
+            raise StateError(
+                f"{reason}, for which the model has to leave its engine, but that failed ({error}); load the model anew"
+            ) from error
+        self._left = reason
+        while self._methods:
+            self._methods.pop().remove()
+        for optimizer in self._optimizers:
+            optimizer.unbind(f"its model left the engine: {reason}")
+        self._finalizer()
+        self._disk = self._placed.disk = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        while self._on_release:
+            self._on_release.pop()()
+
+    def _check_room(self) -> None:
+        """Raise `StateError` if the weights, which are joined and come from disk and the device, do not fit the RAM."""
+        needed = sum(state.spec.numel * state.spec.source_dtype.itemsize for state in self.states)
+        there = available_ram_bytes() + self.host_bytes
+        if needed > there:
+            raise StateError(
+                f"its weights take {needed / 2**30:.2f} GiB of RAM, and {there / 2**30:.2f} GiB are free or come free"
+            )
 
 
 def _close(
@@ -574,12 +734,26 @@ def _close(
 
 def engine_of(model: nn.Module) -> SlideEngine | None:
     """The engine that streams `model`, if one does."""
+    return next(_engines(model), None)
+
+
+def engines_of(model: nn.Module) -> list[SlideEngine]:
+    """All engines that stream units of `model`: several where parts of it were prepared as models of their own."""
+    return list(dict.fromkeys(_engines(model)))
+
+
+def _engines(model: nn.Module) -> Iterator[SlideEngine]:
     for module in model.modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, UnitForward):
+        if isinstance(forward, UnitForward) and forward.executor is not None:
             sink = forward.executor.sink
-            return sink if isinstance(sink, SlideEngine) else None
-    return None
+            if isinstance(sink, SlideEngine):
+                yield sink
 
 
-__all__ = ["SlideEngine", "engine_of"]
+def _names(model: nn.Module) -> list[tuple[str, int]]:
+    """Every name of every parameter, and which parameter that is."""
+    return [(name, id(param)) for name, param in model.named_parameters(remove_duplicate=False)]
+
+
+__all__ = ["SlideEngine", "engine_of", "engines_of"]

@@ -39,6 +39,8 @@ from ..memory.transfer import Handle
 from ..optim.state import ParamState
 from .arguments import containers_changed, flatten, without_caches
 from .captured import captured, captured_lengths
+from .layer_state import LayerSnapshot, LayerState
+from .leaks import check_no_leaks
 from .recompute import SavedActivations
 from .replaced import ReplacedMethod
 from .schedule import Tape, after_backward, after_forward
@@ -82,6 +84,12 @@ class Unit:
     waiting: weakref.ref[OffloadedTensor] | None = None  # an input in its place
     forwards_since_step: int = 0
     version: int = 0
+    layer_state: LayerState = None  # type: ignore[assignment] # set below
+    # Calls whose backward is still to come, or never will.
+    open_calls: weakref.WeakSet[UnitCall] = field(default_factory=weakref.WeakSet)
+
+    def __post_init__(self) -> None:
+        self.layer_state = LayerState(self.found.module)
 
     @property
     def name(self) -> str:
@@ -168,6 +176,9 @@ class Executor:
         self._parked: list[weakref.ref[UnitCall]] = []
         self.sink = sink
         self.check = check
+        # While a unit is differentiated alone, which calls hooks on resident parameters too, once more than autograd's
+        # own run does when it fills their gradients.
+        self.in_unit = False
         self.tape = Tape(tuple(unit.index for unit in units))
         # Gives the Function an input that requires grad where the embedding is frozen.
         self.anchor = torch.zeros((), device=device, requires_grad=True)
@@ -186,8 +197,12 @@ class Executor:
             lease = self.pool.acquire(unit)
         else:
             lease = Lease.nothing()
-        for index in following:
-            self.pool.prefetch(self.units[index], keep=(unit.index, *following))
+        try:
+            for index in following:
+                self.pool.prefetch(self.units[index], keep=(unit.index, *following))
+        except BaseException:
+            lease.release()  # the caller does not have it yet
+            raise
         return lease
 
     def _following(self, unit: Unit) -> tuple[int, ...]:
@@ -204,8 +219,11 @@ class Executor:
         leaves, spec = flatten(args, kwargs)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not unit.trainable and not any(tensor.requires_grad for tensor in (*tensors, *unit.shared)):
-            with torch.no_grad():  # nothing to differentiate here, so nothing to recompute later
-                return self._run_plain(unit, args, kwargs)
+            # Nothing to differentiate here, so nothing to recompute later.
+            started = torch._C._autograd._get_sequence_nr()
+            output = self._run_plain(unit, args, kwargs)
+            check_no_leaks(unit.name, _edges(pytree.tree_leaves(output)), [], since=started)
+            return output
         if not self.tape.recorded or unit.index == self.tape.expected[0]:
             self.sink.begin_forward()
         position = self.tape.record(unit.index)
@@ -217,6 +235,7 @@ class Executor:
             self.lease(unit, self._following(unit))
             return unit.original_forward(*args, **kwargs)
         call = UnitCall(self, unit, leaves, spec, position, keeps)
+        unit.open_calls.add(call)
         outputs = _UnitFunction.apply(call, self.anchor, *tensors, *unit.shared)
         return call.rebuild(outputs)
 
@@ -235,9 +254,10 @@ class Executor:
         unit = call.unit
         call.inputs = [_as_leaf(tensor) for tensor in tensors[: len(tensors) - len(unit.shared)]]
         call.written = unit.written()
-        buffers = {buffer: buffer._version for buffer in unit.found.module.buffers()}
+        snapshot = None if call.keeps else unit.layer_state.before()
         call.ambient = Ambient.current(self.device)
         before = captured_lengths()
+        started = torch._C._autograd._get_sequence_nr()
         lease = self.lease(unit, self._following(unit))
         saving = call.saved.keeping(lease.buffer) if call.keeps else call.saved.recording()
         try:
@@ -252,15 +272,11 @@ class Executor:
                 f"{unit.name} adds to a dictionary or list among its arguments, or changes what is in it, which "
                 "streaming would not hand on; use plain Trainer for this model"
             )
-        call.changed_buffers = [buffer for buffer, version in buffers.items() if buffer._version != version]
-        if buffers:  # batch norm's kernels write its statistics without raising their versions
-            call.changed_buffers += [
-                buffer
-                for module in unit.found.module.modules()
-                if isinstance(module, nn.modules.batchnorm._NormBase)
-                for buffer in module.buffers()
-            ]
+        if snapshot is not None:
+            snapshot.keep_changes()
+            call.snapshot = snapshot
         outputs = call.keep_outputs(output, before)
+        check_no_leaks(unit.name, call.edges, [*call.inputs, *call.leaves, *unit.shared], since=started)
         if unit.offloads and not call.keeps:
             self._park(call)
         return outputs
@@ -293,6 +309,14 @@ class Executor:
             call = ref()
             for parked in call.parked.values() if call is not None else ():
                 self.offload.fetch(parked)
+
+    @contextlib.contextmanager
+    def _differentiating(self) -> Iterator[None]:
+        self.in_unit = True
+        try:
+            yield
+        finally:
+            self.in_unit = False
 
     def _unpark(self, call: UnitCall) -> None:
         for position, parked in call.parked.items():
@@ -339,10 +363,11 @@ class Executor:
             else:
                 self._unpark(call)
                 args, kwargs = call.arguments()
+                assert call.snapshot is not None, "made in every forward that is recomputed"
                 with (
                     bound(unit, lease),
                     call.ambient.restored(),
-                    _kept(call.changed_buffers),
+                    call.snapshot.restored(),
                     torch.enable_grad(),
                 ):
                     call.saved.recompute(lambda: unit.original_forward(*args, **kwargs))
@@ -356,15 +381,18 @@ class Executor:
             wanted_leaves = [leaf for leaf in call.leaves if leaf.requires_grad and with_params]
             results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
             if pairs:
-                results = torch.autograd.grad(
-                    [edge for edge, _ in pairs],
-                    [*wanted_inputs, *wanted_leaves],
-                    [grad for _, grad in pairs],
-                    allow_unused=True,
-                )
+                # Bound: a layer that checkpoints a part of itself runs that part again in here.
+                with bound(unit, lease), self._differentiating():
+                    results = torch.autograd.grad(
+                        [edge for edge, _ in pairs],
+                        [*wanted_inputs, *wanted_leaves],
+                        [grad for _, grad in pairs],
+                        allow_unused=True,
+                    )
         finally:
             call.saved.clear()
             lease.release()
+        unit.open_calls.discard(call)
         if unit.trainable and with_params:
             self.sink.push(unit, list(results[len(wanted_inputs) :]))
         given = iter(results)
@@ -393,7 +421,7 @@ class UnitCall:
     output_flat: list[Any] = field(default_factory=list)
     output_spec: pytree.TreeSpec | None = None
     captured: list[tuple[list, int]] = field(default_factory=list)
-    changed_buffers: list[torch.Tensor] = field(default_factory=list)
+    snapshot: LayerSnapshot | None = None
     written: tuple[int, int] = (0, 0)
     ambient: Ambient = None  # type: ignore[assignment] # set before the unit runs
     saved: SavedActivations = None  # type: ignore[assignment]
@@ -428,7 +456,7 @@ class UnitCall:
                 if isinstance(values[position], torch.Tensor) and values[position].requires_grad:
                     self.captured.append((values, position))
                     tensors.append(values[position])
-        self.edges = [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+        self.edges = _edges(tensors)
         self.output_flat = [_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in self.output_flat]
         # `.data` rather than detach(): a view of the inner graph's tensor could not be changed in place outside.
         return tuple(tensor.data for tensor in tensors)
@@ -445,7 +473,7 @@ class UnitCall:
 
     def free(self) -> None:
         """Let go of inputs and graph once backward is through."""
-        self.inputs, self.edges, self.leaves, self.parked = [], [], [], {}
+        self.inputs, self.edges, self.leaves, self.parked, self.snapshot = [], [], [], {}, None
 
 
 class _UnitFunction(torch.autograd.Function):
@@ -478,6 +506,12 @@ class _UnitFunction(torch.autograd.Function):
         # The anchor takes part in every backward() and in no autograd.grad(): only the former fills p.grad.
         with_params = torch._C._will_engine_execute_node(ctx.next_functions[0][0])
         return None, None, *call.executor.run_backward(call, grads, with_params=with_params)
+
+
+def _edges(values: list[Any]) -> list[GradientEdge | None]:
+    """Where the graph of each tensor ends, None for those without a gradient."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
 
 
 _TENSOR = object()  # stands for a tensor in a flattened structure
@@ -535,18 +569,6 @@ class Ambient:
 
 
 @contextlib.contextmanager
-def _kept(buffers: list[torch.Tensor]) -> Iterator[None]:
-    """Undo what a recompute writes to buffers (running statistics): forward has written it already."""
-    values = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer.copy_(value)
-
-
-@contextlib.contextmanager
 def bound(unit: Unit, lease: Lease, *, check_trainable: bool = True) -> Iterator[None]:
     """Put the device leaves in the place of the unit's parameters in the module tree.
 
@@ -592,8 +614,15 @@ class UnitForward(ReplacedMethod):
 
     def __init__(self, executor: Executor, unit: Unit) -> None:
         super().__init__(unit.found.module, unit.original_forward)
-        self.executor = executor
-        self.unit = unit
+        self.executor: Executor | None = executor
+        self.unit: Unit | None = unit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.executor is None or self.unit is None:
+            return self.original(*args, **kwargs)
         return self.executor.forward(self.unit, args, kwargs)
+
+    def remove(self) -> None:
+        """As for every `ReplacedMethod`; lets go of the engine."""
+        super().remove()
+        self.executor = self.unit = None

@@ -16,7 +16,8 @@ import torch
 from ..errors import CheckpointError
 from ..memory.disk_state import Loan
 from ..memory.manager import UnitMemory
-from ..memory.transfer import Handle, compute_event
+from ..memory.streams import compute_event, new_stream
+from ..memory.transfer import Handle
 from ..optim.state import ParamState
 
 
@@ -57,10 +58,9 @@ class HeldState:
         self._attached: UnitMemory | None = None
         self._spoiled = ""
         self._lock = threading.Lock()
-        self._device = device
         # What had been asked of the GPU before is done when this fires.
         self._ready = compute_event(device)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = new_stream(device)
 
     def released(self, group: int) -> Handle:
         """Done when the group may be changed."""
@@ -112,11 +112,8 @@ class HeldState:
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
         """Copies from the GPU do not queue behind what trains there."""
-        if self._stream is None or self._ready is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(self._ready)
+        with self._stream.active():
+            self._stream.wait(self._ready)
             yield
 
     def parts(self, state: ParamState) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:

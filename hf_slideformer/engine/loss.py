@@ -89,15 +89,19 @@ def liger_settings(*, fuses_loss: bool) -> dict[str, bool]:
     return {"fused_linear_cross_entropy": False} if fuses_loss else {}
 
 
-def defer_logits(head: nn.Linear, on_loss: Callable[[int], None], on_read: Callable[[str], None]) -> None:
-    """Make `head` hand out deferred logits.
+def defer_logits(
+    head: nn.Linear, on_loss: Callable[[int], None], on_read: Callable[[str], None]
+) -> HeadForward:
+    """Make `head` hand out deferred logits, until what is returned is removed.
 
     Args:
         head: the output embeddings.
         on_loss: called with the number of tokens whenever a loss ran fused.
         on_read: called with the name of the function that needed all logits, where gradients are on.
     """
-    head.forward = HeadForward(head, on_loss, on_read)  # type: ignore[method-assign]
+    forward = HeadForward(head, on_loss, on_read)
+    forward.put("forward")
+    return forward
 
 
 class HeadForward(ReplacedMethod):
@@ -112,6 +116,8 @@ class HeadForward(ReplacedMethod):
         self.on_read = on_read
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:  # named as in nn.Linear
+        if self.removed:
+            return self.original(input)
         weight, bias = self._head.weight, self._head.bias
         operands = [input, weight] if bias is None else [input, weight, bias]
         device = input.device.type

@@ -71,13 +71,13 @@ class OutsideUpdates:
             for live, weight in weights:
                 live.copy_(weight, non_blocking=True)
 
+        self._leaving = [grad for _, grad in pairs]
         issued = compute_event(self._device)
         landed = self._to_host.submit("gradients outside of units", copy_gradients, after_events=(issued,))
         updated = self._worker.submit("update outside of units", update, priority=_PRIORITY, after=(landed,))
         self._pending = self._to_device.submit(
             "weights outside of units", copy_weights, after=(updated,), after_events=(issued,)
         )
-        self._leaving = [grad for _, grad in pairs]
         self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in self._leaving))
         self._metrics.add("h2d_bytes", sum(live.nbytes for live, _ in weights))
         self._metrics.add("updated_params", sum(state.spec.numel for state in states))
@@ -85,13 +85,18 @@ class OutsideUpdates:
     def wait_stream(self) -> None:
         """Make the current stream wait for the weights of the last step."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait_stream()
-            self._leaving = []
+            self._pending.wait_stream()
+            self._pending, self._leaving = None, []
+
+    def settle(self) -> bool:
+        """Block until nothing of the last step is under way any more; False if it failed."""
+        if self._pending is None:
+            return True
+        self._pending.settle()
+        return not self._pending.failed
 
     def wait_host(self) -> None:
         """Block until the weights of the last step are in place."""
         if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.wait_host()
-            self._leaving = []
+            self._pending.wait_host()
+            self._pending, self._leaving = None, []

@@ -64,6 +64,8 @@ class PlacedState:
         self._blueprint = blueprint
         self._accumulates = blueprint.micro_batches > 1
         self._lent = False
+        # Where each of the model's buffers that is on the device was before.
+        self._moved_buffers: list[tuple[nn.Module, str]] = []
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
         self._order = {id(param): index for index, param in enumerate(model.parameters())}
@@ -159,6 +161,8 @@ class PlacedState:
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
+                    if buffer.device != self._device:
+                        self._moved_buffers.append((module, key))
                     module._buffers[key] = buffer.to(self._device)
 
     def _rehome(
@@ -208,6 +212,43 @@ class PlacedState:
                 state.moments = self.outside_memory.moments(state.segment)
             elif not state.moments:
                 state.moments = zero_moments(moments, state.spec, self._device)
+
+    # -- giving it up ------------------------------------------------------------------------------------------
+
+    def free_for_training(self) -> None:
+        """Let go of what only training needs: moments, and gradient buffers."""
+        for memory in (*(unit.memory for unit in self.streamed), self.outside_memory):
+            memory.free_for_training()
+        for state in self.states:
+            state.moments, state.moment_format = {}, None
+
+    def make_ordinary(self, states: Sequence[ParamState]) -> None:
+        """Make parameters tensors of their own in RAM, in the dtypes that they came in. Their state must be in memory.
+
+        One that was given other memory by hand keeps that.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            for state in states:
+                value = state.read_master()
+                if state.param.data_ptr() == state.live.data_ptr():
+                    state.param.data = value.to("cpu", copy=value is state.live)
+                if getattr(state.param, "grad_dtype", state.param.dtype) != state.param.dtype:
+                    state.param.grad_dtype = None  # as autograd makes them, also after another cast
+                state.weight = state.live = state.param.data
+                state.residual, state.version = None, state.param._version
+
+    def free(self, group: int) -> None:
+        """Let go of the memory of one of the groups of `by_unit`, whose parameters do not use it any more."""
+        if group < len(self.units):
+            unit = self.units[group]
+            unit.memory.free()
+            unit.host_weights = torch.empty(0, dtype=torch.uint8)
+        else:
+            self.outside_memory.free()
+            for module, key in self._moved_buffers:
+                if (buffer := module._buffers.get(key)) is not None:
+                    module._buffers[key] = buffer.to("cpu")
+        return_freed_memory()
 
     # -- finding it ------------------------------------------------------------------------------------------
 

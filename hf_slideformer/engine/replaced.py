@@ -27,6 +27,24 @@ class ReplacedMethod:
         functools.update_wrapper(self, original)  # type: ignore[arg-type]  # subclasses are callable
         self.module = module
         self.original = original
+        self.removed = False
+        self._name = ""
+        self._was_its_own = False
+
+    def put(self, name: str) -> None:
+        """Take the place of the module's method `name`."""
+        self._name, self._was_its_own = name, name in self.module.__dict__
+        setattr(self.module, name, self)
+
+    def remove(self) -> None:
+        """Give the place back. Where somebody has wrapped this since, it stays and hands every call on."""
+        self.removed = True
+        if self.module.__dict__.get(self._name) is not self:
+            return
+        if self._was_its_own:
+            setattr(self.module, self._name, self.original)
+        else:
+            delattr(self.module, self._name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.module))

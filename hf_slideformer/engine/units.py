@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError
 from ..memory.layout import ParamSpec
+from .hooks import Hook
 
 # Arguments through which layers hand each other tensors by mutating a dictionary: flattening the arguments
 # would cut that path, and gradients through it would be lost.
@@ -155,8 +156,13 @@ def check_no_filled_cache(model: nn.Module) -> None:
 
 
 def check_no_hooks(name: str, param: nn.Parameter) -> None:
-    """Raise `UnsupportedModelError` for hooks on a streamed parameter: its gradient never passes through them."""
-    if param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None):
+    """Raise `UnsupportedModelError` for others' hooks on a unit's parameter.
+
+    The gradient of a streamed one never passes through them, that of a resident one perhaps twice.
+    """
+    hooks = [*(param._backward_hooks or {}).values()]
+    hooks += (getattr(param, "_post_accumulate_grad_hooks", None) or {}).values()
+    if any(not isinstance(hook, Hook) for hook in hooks):
         raise UnsupportedModelError(
             f"{name} has a gradient hook, which would not run: a streamed parameter's gradient is complete when "
             "backward returns; read or edit p.grad after backward() instead"

@@ -31,7 +31,6 @@ from ..optim.state import (
 from ..optim.worker import UpdateWorker
 from .clipping import Clipping
 from .executor import Unit
-from .gradients import settle
 from .held import HeldState
 from .outside import OutsideUpdates
 from .placed import PlacedState
@@ -202,7 +201,7 @@ class Updates:
         for state in self._placed.states:
             grad = state.param.grad
             if state.unit is None and grad is not None and state.order in self._group_of:
-                self._check_used_once(state)
+                self.check_used_once(state)
                 if state.updated_in_ram:
                     self._until_read(state)
                     in_ram.append(state)
@@ -211,11 +210,14 @@ class Updates:
                     self._used[state.order] = (weakref.ref(grad), grad._version)
         if in_ram:
             outside = self._outside
-            assert outside is not None and outside.memory.grads is not None
-            memory, buffer, runs = outside.memory, outside.memory.grads, self._runs(in_ram)
+            assert outside is not None
+            memory, runs = outside.memory, self._runs(in_ram)
+            if any(s.param.grad is not None and s.param.grad.dtype != s.spec.dtype for s in in_ram):
+                memory.allocate_gradients(fp32=True)  # sums, which may not be rounded on their way
+            buffer, fp32 = memory.grads, memory.grads_fp32
+            assert buffer is not None
             outside.step(
-                in_ram,
-                self._guarded(lambda: update_unit(memory, buffer, memory.grads_fp32, runs, self._threads)),
+                in_ram, self._guarded(lambda: update_unit(memory, buffer, fp32, runs, self._threads))
             )
             for state in in_ram:
                 self._note_update(state)
@@ -243,19 +245,9 @@ class Updates:
         torch.autograd.graph.increment_version(state.param)
         state.version = state.param._version
 
-    def check_used_once(self) -> None:
-        """Called before a forward: resident gradients that the last step used must be gone.
-
-        Raises:
-            StateError: one is still there.
-        """
-        for state in self._placed.states:
-            if state.unit is None:
-                self._check_used_once(state)
-        self._used.clear()
-
-    def _check_used_once(self, state: ParamState) -> None:
-        used = self._used.get(state.order)
+    def check_used_once(self, state: ParamState) -> None:
+        """Raise `StateError` if a resident gradient that the last step used is still there, to be used once more."""
+        used = self._used.pop(state.order, None)
         grad = state.param.grad
         if used is not None and grad is not None and grad is used[0]() and grad._version == used[1]:
             raise StateError(
@@ -359,12 +351,14 @@ class Updates:
         """Forget a backward that did not finish; what overlapped updates have done cannot be undone."""
         for unit in self._placed.streamed:
             if unit.pending_update is not None:
-                settle(unit.pending_update)
+                unit.pending_update.settle()
                 if not unit.pending_update.failed:
                     unit.pending_update = None
                 elif self._overlapped:
                     # Its gradients never arrived, while other units were updated.
                     self._failure.note(StateError(f"{unit.name} missed an overlapped update"))
+        if self._outside is not None and not self._outside.settle():
+            self._failure.note(StateError("parameters outside of units missed an update"))
         self._used.clear()
         if self._used_hyperparams:
             self._used_hyperparams.clear()

@@ -595,15 +595,14 @@ class _Request:
 
     def begin(self) -> Iterable[_Chunk]:
         """Wait for what comes before; the chunks to move, none where that failed."""
+        chunks: Sequence[_Chunk] = ()
         try:
             if self._after is not None:
                 self._after.wait_host()
+            chunks = self._file.chunks(self._span)
+            self._left = len(chunks)
         except BaseException as error:  # noqa: BLE001 - carried to the waiting thread
             self._error = error
-            self._end()
-            return ()
-        chunks = self._file.chunks(self._span)
-        self._left = len(chunks)
         if not chunks:
             self._end()
             return ()
@@ -631,8 +630,11 @@ class _Request:
                 self._file.settle(written=self._writing)
         except BaseException as error:  # noqa: BLE001 - carried to the waiting thread
             self._keep(error)
-        self._timing.close()
-        self._file.release()
+        try:
+            self._timing.close()
+            self._file.release()
+        except BaseException as error:  # noqa: BLE001 - carried to the waiting thread
+            self._keep(error)
         if self._error is not None:
             self._handle.fail(self._error)
             return

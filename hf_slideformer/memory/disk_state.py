@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from .disk import DiskFile, DiskStore
 from .layout import DISK_ALIGN_BYTES, Span
 from .pinned import HostBuffer, MappedFile
 from .staging import StagingBuffers
+from .streams import Event
 from .transfer import Handle, Lane
 
 _CPU = torch.device("cpu")
@@ -31,13 +32,15 @@ INPUT_BUFFERS = 2
 class Loan:
     """A part of a unit's file on its way into a buffer.
 
-    `ready` completes when the buffer holds it; it fails where reading did. Every loan must be given back once.
+    `ready` completes when the buffer holds it; it fails where reading did. Every loan must be given back, whatever
+    happens: with too few buffers nothing moves any more. Once it has been, giving it back again does nothing.
     """
 
-    __slots__ = ("_buffer", "_desk", "ready", "unit")
+    __slots__ = ("_buffer", "_desk", "_is_back", "ready", "unit")
 
     def __init__(self, desk: Desk, unit: int) -> None:
         self._desk = desk
+        self._is_back = False
         self.unit = unit
         self._buffer: HostBuffer | None = None
         self.ready = Handle.done()  # replaced by the desk
@@ -58,7 +61,28 @@ class Loan:
             nbytes: how much of it goes there; None is all of the file.
             after: what still reads the buffer.
         """
-        self._desk.take_back(self, write=write, nbytes=nbytes, after=after)
+        if not self._is_back:
+            self._desk.take_back(self, write=write, nbytes=nbytes, after=after)
+            self._is_back = True
+
+    def __del__(self) -> None:
+        # Of one that nobody got: Ctrl-C came while it was being handed over.
+        self.give_back()
+
+
+@contextlib.contextmanager
+def lent(borrow: Callable[[], Loan] | None, lane: Lane) -> Iterator[Loan | None]:
+    """A loan, or None without `borrow`, for a copy by `lane` that the block arranges for.
+
+    The block gives it back when it has done so. Where it raises, this does, once everything on the lane is over.
+    """
+    loan = borrow() if borrow is not None else None
+    try:
+        yield loan
+    except BaseException:
+        if loan is not None:
+            loan.give_back(after=lane.submit("what came before", lambda: None))
+        raise
 
 
 class DiskState:
@@ -154,7 +178,7 @@ class DiskPlace:
         self._inputs, self._unit = inputs, unit
         self.nbytes = nbytes
 
-    def store(self, lane: Lane, label: str, source: torch.Tensor, event: torch.cuda.Event | None) -> DiskCopy:
+    def store(self, lane: Lane, label: str, source: torch.Tensor, event: Event) -> DiskCopy:
         """Move `source` there.
 
         Args:
@@ -209,26 +233,23 @@ class DiskInputs:
         lane: Lane,
         label: str,
         source: torch.Tensor,
-        event: torch.cuda.Event | None,
+        event: Event,
     ) -> DiskCopy:
         """See `DiskPlace.store`."""
-        staged: list[HostBuffer] = []
+        staged = self._leaving.staged()
 
         def leave() -> None:
-            staged.append(self._leaving.take())
-            try:
-                staged[0].tensor(source.dtype, 0, source.numel()).copy_(source.view(-1), non_blocking=True)
-            except BaseException:
-                with self._leaving.returned(staged):  # nobody else will
-                    raise
+            with staged.filled() as buffer:
+                buffer.tensor(source.dtype, 0, source.numel()).copy_(source.view(-1), non_blocking=True)
 
         def write() -> None:
-            with self._leaving.returned(staged) as buffer:
+            with staged.read() as buffer:
                 self._state.write(unit, buffer, span)
 
         span = self._spans[unit][0], -(-source.nbytes // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
-        left = lane.submit(label, leave, after_events=(event,))
-        written = self._state.writes.submit(f"{label} to disk", write, after=(left,))
+        with staged.dropped_on_error():
+            left = lane.submit(label, leave, after_events=(event,))
+            written = self._state.writes.submit(f"{label} to disk", write, after=(left,), dropped=staged.drop)
         return DiskCopy(left, written, lambda: self._coming.borrow(unit, span, after=written))
 
 

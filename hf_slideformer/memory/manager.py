@@ -92,6 +92,18 @@ class UnitMemory:
             else:  # a sum that nobody expected is in RAM, whatever the file has room for
                 self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
 
+    def free_for_training(self) -> None:
+        """Let go of gradient buffers and moments; those that live on disk stay there."""
+        self.grads, self.grads_fp32 = None, False
+        if not self.on_disk:
+            self._moments = {}
+
+    def free(self) -> None:
+        """Let go of everything; what tensors still use stays until they are gone."""
+        self.free_for_training()
+        self.weights = self.master_weights = HostBuffer(0)
+        self.lo, self._moments = None, {}
+
     @property
     def grads_span(self) -> Span | None:
         """Where in the file gradients wait; None if they wait in RAM, or not at all."""

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import StateError
 from ..metrics import Metrics
-from .disk_state import DiskCopy, DiskPlace
+from .disk_state import DiskCopy, DiskPlace, lent
 from .pinned import HostBuffer
 from .transfer import Handle, Lane, compute_event
 
@@ -97,17 +97,22 @@ class TensorOffload:
             buffer, read = (into, Handle.done()) if into is not None else self._take_buffer(source.nbytes)
             parked = OffloadedTensor(name, source, buffer)
             host = parked.data_in(buffer)
-            parked.stored = self._to_host.submit(
-                label,
-                lambda: host.copy_(source, non_blocking=True),
-                after=(read,),
-                after_events=(event,),
-            )
-            # A forward that is never followed by its backward must give its buffers back too.
-            if into is None:
-                parked.release = weakref.finalize(parked, self._give_back, buffer, parked.stored)
-        self._metrics.add("d2h_bytes", source.nbytes)
+            try:
+                parked.stored = self._to_host.submit(
+                    label,
+                    lambda: host.copy_(source, non_blocking=True),
+                    after=(read,),
+                    after_events=(event,),
+                )
+                # A forward that is never followed by its backward must give its buffers back too.
+                if into is None:
+                    parked.release = weakref.finalize(parked, self._give_back, buffer, parked.stored)
+            except BaseException:
+                if into is None:
+                    self._give_back(buffer, self._to_host.submit("what came before", lambda: None))
+                raise
         self._leaving.append((parked.stored, source, source._version, name))
+        self._metrics.add("d2h_bytes", source.nbytes)
         while len(self._leaving) > _MAX_IN_FLIGHT:
             self._land()
         return parked
@@ -121,17 +126,17 @@ class TensorOffload:
             if other() is None and handle.is_complete:  # of a backward that never came to it
                 del self._coming[other]
         target = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
-        loan = parked.on_disk.borrow() if parked.on_disk is not None else None
-        handle = self._to_device.submit(
-            f"activations of {parked.name}",
-            lambda: target.copy_(
-                parked.data_in(loan.buffer if loan is not None else parked.buffer), non_blocking=True
-            ),
-            after=(parked.stored if loan is None else loan.ready,),
-            after_events=(compute_event(self._device),),  # what used the target's memory before
-        )
-        if loan is not None:
-            loan.give_back(after=handle)
+        with lent(parked.on_disk.borrow if parked.on_disk is not None else None, self._to_device) as loan:
+            handle = self._to_device.submit(
+                f"activations of {parked.name}",
+                lambda: target.copy_(
+                    parked.data_in(loan.buffer if loan is not None else parked.buffer), non_blocking=True
+                ),
+                after=(parked.stored if loan is None else loan.ready,),
+                after_events=(compute_event(self._device),),  # what used the target's memory before
+            )
+            if loan is not None:
+                loan.give_back(after=handle)
         self._coming[key] = (target, handle)
         self._metrics.add("h2d_bytes", target.nbytes)
         return handle
@@ -139,8 +144,16 @@ class TensorOffload:
     def take(self, parked: OffloadedTensor) -> torch.Tensor:
         """The tensor on the device again; the current stream waits for it, and its place is free."""
         self.fetch(parked)
-        target, handle = self._coming.pop(weakref.ref(parked))
-        handle.wait_stream()
+        key = weakref.ref(parked)
+        target, handle = self._coming[key]
+        try:
+            handle.wait_stream()
+        except Exception:
+            del self._coming[key]  # nothing comes any more
+            raise
+        del self._coming[
+            key
+        ]  # not before: after Ctrl-C in the wait, `abandon` has to wait for what still comes
         if parked.release is not None and parked.release.detach() is not None and parked.buffer is not None:
             self._give_back(parked.buffer, handle)
         return target
@@ -156,8 +169,7 @@ class TensorOffload:
             *(entry[0] for entry in self._leaving),
             *(handle for _, handle in self._coming.values()),
         ]:
-            if not handle.failed:
-                handle.wait_host()
+            handle.settle()
         self._leaving.clear()
         self._coming.clear()
 
@@ -182,7 +194,7 @@ class TensorOffload:
                 self._free.remove(outgrown)
                 self.host_bytes -= outgrown[0].nbytes
         if outgrown is not None:
-            outgrown[1].wait_host()
+            outgrown[1].settle()
             if outgrown[0].pinned:
                 self._unpinned(outgrown[0].nbytes)
         buffer = HostBuffer(nbytes, pin=self._pin(nbytes))

@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 
 from ..metrics import Metrics
-from .disk_state import Loan
+from .disk_state import Loan, lent
 from .layout import UnitLayout
+from .streams import Event
 from .transfer import Handle, Lane, compute_event
 
 
@@ -60,7 +61,7 @@ class _Slot:
     buffer: torch.Tensor
     unit: int | None = None
     handle: Handle = field(default_factory=Handle.done)
-    released: torch.cuda.Event | None = None
+    released: Event | None = None
     leases: int = 0
     last_use: int = 0
     leaves: dict[UnitLayout, list[torch.nn.Parameter]] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class Lease:
     leaves: list[torch.nn.Parameter]
     _pool: SlotPool | None
     _slot: _Slot | None
+    _round: int = 0
 
     @classmethod
     def nothing(cls) -> Lease:
@@ -91,7 +93,7 @@ class Lease:
     def release(self) -> None:
         """End the lease; the slot may be overwritten once what the current stream was given is done."""
         if self._pool is not None and self._slot is not None:
-            self._pool._release(self._slot)
+            self._pool._release(self._slot, self._round)
 
 
 class SlotPool:
@@ -114,6 +116,7 @@ class SlotPool:
         self._metrics = metrics
         self._lock = threading.Lock()  # forward runs on the user's thread, backward on autograd's
         self._clock = 0
+        self._round = 0  # of leases; a reset ends all of them
         # Slots outlive any inference_mode that happens to be active at the first fetch.
         with torch.inference_mode(False):
             self._slots = [
@@ -150,12 +153,12 @@ class SlotPool:
         try:
             with self._metrics.timed("wait_weights_s", unit.name):
                 slot.handle.wait_stream()
+            return Lease(self._leaves(slot, unit.layout), self, slot, self._round)
         except BaseException:
             with self._lock:
                 slot.leases -= 1
                 slot.unit = None
             raise
-        return Lease(self._leaves(slot, unit.layout), self, slot)
 
     def invalidate(self) -> None:
         """Forget every unit's weights; they are about to change on the host."""
@@ -173,8 +176,24 @@ class SlotPool:
     def wait(self) -> None:
         """Block until no fetch is under way. Failures stay with the handles that hold them."""
         for slot in self._slots:
-            if not slot.handle.failed:
-                slot.handle.wait_host()
+            slot.handle.settle()
+
+    def reset(self) -> None:
+        """End every lease and forget every unit's weights, after what an exception or Ctrl-C cut short anywhere.
+
+        Nobody computes with a lease any more; one that is released later has no effect.
+        """
+        self.wait()
+        with self._lock:
+            self._round += 1
+            for slot in self._slots:
+                slot.unit, slot.leases = None, 0
+                slot.released = compute_event(self._device)
+
+    def free(self) -> None:
+        """Let go of the slots, once no fetch is under way; nothing can be acquired from then on."""
+        self.wait()
+        self._slots = []
 
     def _find(self, index: int) -> _Slot | None:
         return next((slot for slot in self._slots if slot.unit == index), None)
@@ -188,35 +207,43 @@ class SlotPool:
     def _fetch(self, slot: _Slot, unit: WeightSource) -> None:
         nbytes = unit.layout.weight_bytes
         host = unit.host_weights
+        slot.unit = None  # until a fetch of the unit is on its way, whatever happens meanwhile
         if self._device.type == "cpu":
-            slot.handle.wait_issued() if not slot.handle.failed else None
-            slot.buffer.fill_(0xFF)  # NaN in every float dtype: a stale read shows
+            self._poison(slot)
         self._clock += 1
-        slot.unit, slot.last_use = unit.index, self._clock
         target = slot.buffer[:nbytes]
-        loan = unit.borrow_weights() if unit.borrow_weights is not None else None
-        # A loan has waited for the update when it is ready.
-        awaited = unit.pending_update if loan is None else loan.ready
+        with lent(unit.borrow_weights, self._lane) as loan:
+            # A loan has waited for the update when it is ready.
+            awaited = unit.pending_update if loan is None else loan.ready
 
-        def copy() -> None:
-            source = host if loan is None else loan.buffer.tensor(torch.uint8, 0, nbytes)
-            target.copy_(source, non_blocking=True)
+            def copy() -> None:
+                source = host if loan is None else loan.buffer.tensor(torch.uint8, 0, nbytes)
+                target.copy_(source, non_blocking=True)
 
-        slot.handle = self._lane.submit(
-            f"fetch of {unit.name}",
-            copy,
-            after=() if awaited is None else (awaited,),
-            after_events=(slot.released,),  # hazard "slot reuse"
-        )
-        if loan is not None:
-            loan.give_back(after=slot.handle)
+            slot.handle = self._lane.submit(
+                f"fetch of {unit.name}",
+                copy,
+                after=() if awaited is None else (awaited,),
+                after_events=(slot.released,),  # hazard "slot reuse"
+            )
+            if loan is not None:
+                loan.give_back(after=slot.handle)
+        slot.unit, slot.last_use = unit.index, self._clock
         self._metrics.add("h2d_bytes", nbytes)
 
-    def _release(self, slot: _Slot) -> None:
+    @staticmethod
+    def _poison(slot: _Slot) -> None:
+        """Make a read by who has no lease on the slot any more show."""
+        if not slot.handle.failed:
+            slot.handle.wait_issued()
+        slot.buffer.fill_(0xFF)  # NaN in every float dtype
+
+    def _release(self, slot: _Slot, round_: int) -> None:
         event = compute_event(self._device)
         with self._lock:
-            slot.leases -= 1
-            slot.released = event
+            if round_ == self._round:
+                slot.leases -= 1
+                slot.released = event
 
     def _leaves(self, slot: _Slot, layout: UnitLayout) -> list[torch.nn.Parameter]:
         leaves = slot.leaves.get(layout)

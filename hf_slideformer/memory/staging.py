@@ -6,6 +6,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from ..errors import StateError
 from .pinned import HostBuffer
 
 
@@ -25,20 +26,95 @@ class StagingBuffers:
         self.host_bytes = 0
 
     def take(self) -> HostBuffer:
-        """A free buffer, which the caller owns until it leaves `returned`."""
+        """A free buffer, which the caller owns until it gives it back."""
         self._available.acquire()
-        if self._free:
-            return self._free.pop()
-        buffer = HostBuffer(self._nbytes, pin=self._pin)
+        try:
+            if self._free:
+                return self._free.pop()
+            buffer = HostBuffer(self._nbytes, pin=self._pin)
+        except BaseException:
+            self._available.release()
+            raise
         self.host_bytes += buffer.nbytes
         return buffer
 
+    def give_back(self, buffer: HostBuffer) -> None:
+        """Let others have a buffer that was taken."""
+        self._free.append(buffer)
+        self._available.release()
+
+    def staged(self) -> Staged:
+        """One use of a buffer, which is not taken yet."""
+        return Staged(self)
+
+
+class Staged:
+    """One use of a staging buffer: one thread fills it, another reads it, and it is free again, whatever fails.
+
+    A buffer that is lost makes the thread that waits for it wait for ever, and all who wait for that thread. So whoever
+    arranges for both calls `drop` where the reader will not come, and does so inside of `dropped_on_error`.
+    """
+
+    __slots__ = ("_buffer", "_buffers", "_dropped", "_lock")
+
+    def __init__(self, buffers: StagingBuffers) -> None:
+        self._buffers = buffers
+        self._buffer: HostBuffer | None = None  # while it is full
+        self._dropped = False
+        self._lock = threading.Lock()
+
     @contextlib.contextmanager
-    def returned(self, staged: list[HostBuffer]) -> Iterator[HostBuffer]:
-        """Use the one buffer in `staged`; it is free again afterwards, also when the work failed."""
-        buffer = staged.pop()
+    def filled(self) -> Iterator[HostBuffer]:
+        """Take a buffer and fill it in the block; blocks until one is free.
+
+        What fills buffers may go on beside the thread, on one stream for all of them: the next use then queues behind.
+
+        Raises:
+            StateError: it was dropped before.
+        """
+        if self._dropped:
+            raise StateError("nobody will read what is moved here any more")
+        buffer = self._buffers.take()
+        try:
+            yield buffer
+        except BaseException:
+            self._buffers.give_back(buffer)
+            raise
+        with self._lock:
+            if not self._dropped:
+                self._buffer = buffer
+                return
+        self._buffers.give_back(buffer)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[HostBuffer]:
+        """The full buffer; free after the block.
+
+        Raises:
+            StateError: it was dropped before.
+        """
+        with self._lock:
+            buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            raise StateError("what was moved here has been dropped")
         try:
             yield buffer
         finally:
-            self._free.append(buffer)
-            self._available.release()
+            self._buffers.give_back(buffer)
+
+    def drop(self) -> None:
+        """Nobody will read it: the buffer is free now, or when it has been filled."""
+        with self._lock:
+            self._dropped = True
+            buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._buffers.give_back(buffer)
+
+    @contextlib.contextmanager
+    def dropped_on_error(self) -> Iterator[None]:
+        """Drop it if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self.drop()
+            raise

@@ -80,6 +80,7 @@ class SlideAdamW(torch.optim.Optimizer):
             raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._backend: OptimizerBackend | None = None
+        self._unbound_by = ""
 
     @classmethod
     def adopt(cls, optimizer: torch.optim.Optimizer) -> SlideAdamW:
@@ -102,8 +103,9 @@ class SlideAdamW(torch.optim.Optimizer):
 
     @classmethod
     def check_adoptable(cls, optimizer: torch.optim.Optimizer) -> None:
-        """Raise `UnsupportedModelError` unless `adopt` can take `optimizer`."""
+        """Raise `UnsupportedModelError` unless `adopt` can take `optimizer`; `StateError` if it has lost its state."""
         if isinstance(optimizer, cls):
+            optimizer._check_not_unbound()
             return
         if type(optimizer) is not torch.optim.AdamW:
             raise UnsupportedModelError(
@@ -136,15 +138,47 @@ class SlideAdamW(torch.optim.Optimizer):
 
     def bind(self, backend: OptimizerBackend) -> None:
         """Connect to the engine that owns the parameters' state."""
-        self._backend = backend
+        self._backend, self._unbound_by = backend, ""
+
+    def trainable_state_dict(self) -> dict[str, Any]:
+        """As `state_dict`, without what is kept of parameters that have been frozen since."""
+        saved = self.state_dict()
+        frozen = {index for index, param in enumerate(self._params()) if not param.requires_grad}
+        saved["state"] = {index: values for index, values in saved["state"].items() if index not in frozen}
+        return saved
+
+    def unbind(self, reason: str) -> None:
+        """Let go of the engine, and with it of all state; from then on every use says why.
+
+        Args:
+            reason: a clause that tells what happened to the model.
+        """
+        self._backend, self._unbound_by = None, reason
+
+    def _check_not_unbound(self) -> None:
+        if self._unbound_by:
+            raise StateError(
+                f"this optimizer has no state any more, because {self._unbound_by}; make a new optimizer (or a new "
+                "trainer) for the model as it is now"
+            )
 
     @property
     def is_bound(self) -> bool:
         """Whether an engine owns the parameters' state."""
         return self._backend is not None
 
+    @property
+    def has_lost_its_state(self) -> bool:
+        """Whether the model has left the engine that owned the state."""
+        return bool(self._unbound_by)
+
+    def is_bound_to(self, backend: OptimizerBackend) -> bool:
+        """Whether it is this engine that owns the state."""
+        return self._backend is backend
+
     def _bound(self) -> OptimizerBackend:
         if self._backend is None:
+            self._check_not_unbound()
             raise StateError(
                 "SlideAdamW has no state yet: prepare model and optimizer together (SlideTrainer does it in "
                 "train(); in a loop: model, optimizer = accelerator.prepare(model, optimizer))"
@@ -180,6 +214,7 @@ class SlideAdamW(torch.optim.Optimizer):
         `exp_avg_sq_scale` are beside them.
         """
         if self._backend is None:
+            self._check_not_unbound()
             return super().state_dict()
         self._backend.synchronize()
         packed = super().state_dict()  # groups with indices; self.state is empty

@@ -8,6 +8,7 @@ this leaves the last units, the ones whose weights are needed last, for the time
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from ..errors import StateError
 from ..memory.transfer import Handle
 from ..metrics import Metrics
+
+# After every other job that can run.
+_LAST = sys.maxsize
 
 
 @dataclass(slots=True, eq=False)
@@ -61,12 +65,18 @@ class UpdateWorker:
         """
         handle = Handle(label)
         with self._wake:
-            if self._closed:
-                handle.fail(StateError("the engine was closed; prepare the model again"))
+            if not self._closed:
+                self._jobs.append(_Job(priority, next(self._numbers), tuple(after), work, dropped, handle))
+                self._wake.notify()
                 return handle
-            self._jobs.append(_Job(priority, next(self._numbers), tuple(after), work, dropped, handle))
-            self._wake.notify()
+        handle.fail(StateError("the engine was closed; prepare the model again"))
+        if dropped is not None:
+            dropped()
         return handle
+
+    def drain(self) -> None:
+        """Block until everything submitted before that waits for nothing is over, well or not."""
+        self.submit("what came before", lambda: None, priority=_LAST).settle()
 
     def close(self) -> None:
         """Finish what is queued and end the thread."""
@@ -80,8 +90,6 @@ class UpdateWorker:
         while (job := self._take()) is not None:
             try:
                 self._wait(job)
-                if self._delay_s is not None:
-                    time.sleep(self._delay_s(job.handle.label))
                 with self._metrics.timed("update_s", job.handle.label, lane="update"):
                     job.work()
                 job.handle.complete()
@@ -89,11 +97,12 @@ class UpdateWorker:
                 job.handle.fail(error)
             del job
 
-    @staticmethod
-    def _wait(job: _Job) -> None:
+    def _wait(self, job: _Job) -> None:
         try:
             for handle in job.after:
                 handle.wait_host()
+            if self._delay_s is not None:
+                time.sleep(self._delay_s(job.handle.label))
         except BaseException:
             if job.dropped is not None:
                 job.dropped()

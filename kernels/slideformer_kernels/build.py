@@ -2,18 +2,24 @@
 
 The library lies in a user cache directory under a name that is a hash of everything it depends on (sources,
 flags, compiler, CPU), so a stale one is never loaded. It is compiled under a temporary name and renamed, so
-two processes that start together do each other no harm. Where it cannot be built, callers fall back to
+two processes that start together do each other no harm. That name is a hash of public facts and anybody can
+compute it, so a library is only loaded from where nobody but this user and root could have put it; otherwise a
+private directory takes the cache's place. Where it cannot be built, callers fall back to
 ``reference.py``; :func:`load` then warns once per process with the compiler's own message.
 """
 
 import atexit
 import ctypes
 import functools
+import grp
 import hashlib
+import logging
 import os
 import platform
+import pwd
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -35,9 +41,18 @@ FLAGS = (
 OPENMP_FLAG = "-fopenmp"
 COMPILE_TIMEOUT_S = 120
 
+logger = logging.getLogger(__name__)
+
+_WRITE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_ANY_ACCESS_BY_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
 
 class BuildError(RuntimeError):
     """The C kernels could not be built or loaded; the message holds the compiler's own."""
+
+
+class _NotTrusted(OSError):
+    """Others than this user and root could have put a library there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +98,11 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.warning(message)
+
+
 def _build() -> ctypes.CDLL:
     compiler = _find_compiler()
     identity = _compiler_identity(compiler)
@@ -105,9 +125,15 @@ def _build_with_flags(compiler: list[str], identity: str, flags: tuple[str, ...]
     for directory in (_cache_dir, _private_dir):
         try:
             path = directory() / name
-            if not path.exists():
+            if not _is_there(path):
                 _compile(compiler, flags, path)
             return ctypes.CDLL(str(path))
+        except _NotTrusted as error:
+            _log_once(
+                f"{error}, so a library in it could be anybody's: the CPU kernels are built in a private directory "
+                "instead, at every start. Set XDG_CACHE_HOME to a directory that only you may write to"
+            )
+            errors.append(str(error))
         except OSError as error:  # not writable, full, mounted noexec
             errors.append(str(error))
     raise BuildError("; ".join(errors))
@@ -152,13 +178,96 @@ def _cpu_identity() -> str:
 
 
 def _cache_dir() -> Path:
-    """Return the user's cache directory, created for this user alone if missing."""
+    """Return the user's cache directory, created for this user alone if missing.
+
+    Raises:
+        _NotTrusted: others could put files there.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     # The specification says to ignore a relative path.
     root = Path(base) if os.path.isabs(base) else Path(os.path.expanduser("~/.cache"))
     directory = root / "slideformer"
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for missing in reversed([path for path in (directory, *directory.parents) if not path.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
+    return _trusted(directory)
+
+
+def _trusted(directory: Path) -> Path:
+    """Return ``directory`` without links, if only this user and root can put files there or put another in its place.
+
+    Whoever may write to a directory may rename what is in it, so those above count too, as for ssh's files. Under
+    the sticky bit (/tmp) only the owners of an entry and of the directory may.
+
+    Raises:
+        _NotTrusted: others can.
+    """
+    link = directory.lstat()
+    if not _is_ours(link):
+        raise _NotTrusted(f"{directory} belongs to uid {link.st_uid}")
+    directory = directory.resolve(strict=True)
+    for parent in directory.parents:
+        found = parent.stat()
+        if not _is_ours(found):
+            raise _NotTrusted(f"{parent} belongs to uid {found.st_uid}")
+        if _others_may_write(found) and not found.st_mode & stat.S_ISVTX:
+            raise _NotTrusted(f"{parent} may be written to by others (mode {_mode(found)})")
+    found = directory.stat()
+    if not _is_ours(found):
+        raise _NotTrusted(f"{directory} belongs to uid {found.st_uid}")
+    if found.st_mode & _WRITE_BY_OTHERS:
+        _close(directory, found)
     return directory
+
+
+def _close(directory: Path, found: os.stat_result) -> None:
+    """Take the right to write to the cache directory away from others, and what they may have put there."""
+    if found.st_uid != os.geteuid():
+        raise _NotTrusted(f"{directory} may be written to by others (mode {_mode(found)})")
+    directory.chmod(stat.S_IMODE(found.st_mode) & ~_WRITE_BY_OTHERS)
+    if _others_may_write(found):
+        _log_once(
+            f"{directory} could be written to by others (mode {_mode(found)}), so the libraries in it could be "
+            "anybody's: it is closed to them, and the CPU kernels are built anew"
+        )
+        for path in directory.glob("slideformer_cpu-*"):
+            path.unlink(missing_ok=True)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a library lies in a trusted directory that nobody but this user and root can have written."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return False
+    # Files from compilers under umask 0002 are writable by a group that cannot get at them.
+    is_out_of_reach = not path.parent.stat().st_mode & _ANY_ACCESS_BY_OTHERS
+    if stat.S_ISREG(found.st_mode) and _is_ours(found) and (is_out_of_reach or not _others_may_write(found)):
+        return True
+    _log_once(f"{path} (uid {found.st_uid}, mode {_mode(found)}) could be anybody's and is built anew")
+    return False
+
+
+def _is_ours(found: os.stat_result) -> bool:
+    return found.st_uid in (os.geteuid(), 0)
+
+
+def _others_may_write(found: os.stat_result) -> bool:
+    """Return whether users beside the owner may write; a group of the user's own, as many systems make it, is none."""
+    if found.st_mode & stat.S_IWOTH:
+        return True
+    return bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
+
+
+def _is_own_group(gid: int) -> bool:
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+
+
+def _mode(found: os.stat_result) -> str:
+    return f"{stat.S_IMODE(found.st_mode):04o}"
 
 
 @functools.cache
@@ -175,6 +284,7 @@ def _compile(compiler: list[str], flags: tuple[str, ...], path: Path) -> None:
     os.close(handle)
     try:
         _run([*compiler, *flags, str(SOURCE_DIR / MAIN_SOURCE), "-o", temporary, "-lm"])
+        os.chmod(temporary, 0o700)  # the linker makes it with what the umask leaves
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

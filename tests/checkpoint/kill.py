@@ -124,23 +124,17 @@ class Progress:
 
     def follow(self, trainer: SlideTrainer) -> None:
         """Show what a trainer does."""
-        step, save, rotate = trainer.training_step, trainer._save_checkpoint, trainer._rotate
+        step, rotate = trainer.training_step, trainer._rotate
 
         def training_step(*args, **kwargs):
             self.loop = "training"
             return step(*args, **kwargs)
 
-        def save_checkpoint(*args):
-            self.loop = "saving"
-            save(*args)
-            self.loop = "training"
-
         def rotate_and_end(*args):
             rotate(*args)
             self.files = ""
 
-        trainer.training_step, trainer._save_checkpoint = training_step, save_checkpoint
-        trainer._rotate = rotate_and_end
+        trainer.training_step, trainer._rotate = training_step, rotate_and_end
 
 
 class SlowFiles(FileOps):
@@ -161,8 +155,9 @@ class SlowFiles(FileOps):
         super().fsync(descriptor)
 
     def make_directory(self, path: Path) -> None:
-        """From here on files are written."""
+        """From here on files are written, and training stands still until its next step."""
         self._progress.files = "writing"
+        self._progress.loop = "saving"
         super().make_directory(path)
 
     def rename(self, source: Path, target: Path) -> None:

@@ -120,17 +120,17 @@ def measure(action: str, directory: Path, layers: int) -> None:
     result: dict[str, int] = {}
     trainer = SlideTrainer(model=model, args=args, train_dataset=_Rows(), callbacks=[first])
     if not resumes:
-        save_checkpoint = trainer._save_checkpoint
+        write_checkpoint = trainer._write_checkpoint
         rise: list[int] = []
 
         def measured(*arguments) -> None:
             trainer.slide.synchronize()  # the first update touches the moments for the first time
             start = reset_peak()
-            save_checkpoint(*arguments)
+            write_checkpoint(*arguments)
             trainer._finish_save()
             rise.append(peak_bytes() - start)
 
-        trainer._save_checkpoint = measured
+        trainer._write_checkpoint = measured
         trainer.train()
         result["rise"] = rise[0]
         peaks_of = trainer.slide.plan.peaks

@@ -28,11 +28,17 @@ SPLIT = BY_NAME["split masters"]
 
 
 class Gated(FileOps):
-    """Writes nothing while the gate is closed, and in small pieces."""
+    """Writes nothing while the gate is closed, and in small pieces; a new checkpoint may close it."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.closes_on_save = False
+
+    def make_directory(self, path):
+        if self.closes_on_save and path.parent.name.startswith(".tmp-checkpoint-"):
+            self.gate.clear()
+        super().make_directory(path)
 
     def write(self, descriptor, data):
         # What the main thread writes is small and comes before anything goes on.
@@ -57,19 +63,15 @@ def _trainer(setting: Setting, directory: Path, files: FileOps | None = None, ca
 
 def _close_gate_on_save(trainer, files: Gated) -> None:
     """After a save nothing is written until the test opens the gate, or somebody waits for the checkpoint."""
-    save, finish = trainer._save_checkpoint, trainer._finish_save
-
-    def save_checkpoint(*args):
-        trainer._finish_save()
-        files.gate.clear()
-        save(*args)
+    finish = trainer._finish_save
+    files.closes_on_save = True
 
     def finish_save():
         if trainer._pending_save is not None:
             files.gate.set()
         finish()
 
-    trainer._save_checkpoint, trainer._finish_save = save_checkpoint, finish_save
+    trainer._finish_save = finish_save
 
 
 def _records(path: Path) -> dict:

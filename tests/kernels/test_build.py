@@ -1,6 +1,9 @@
 """Building the C kernels: the cache, races, and what happens where there is no compiler."""
 
+import ctypes
+import logging
 import os
+import re
 import shutil
 import signal
 import stat
@@ -8,7 +11,9 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +28,7 @@ def fresh(tmp_path, monkeypatch):
 
     What is built is not optimised: that takes most of the time, and the cache does not know the difference.
     """
-    caches = (build.build_once, build._warn_once)
+    caches = (build.build_once, build._warn_once, build._log_once)
     monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-O0"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for cache in caches:
@@ -166,3 +171,224 @@ def test_a_forked_child_does_not_hang(tmp_path):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
     assert status == 0, "the forked child hangs" if status is None else "wrong sum in the forked child"
+
+
+# -- whose library it is -------------------------------------------------------------------------------------
+
+SOMEBODY = 12345
+
+
+@pytest.fixture(scope="module")
+def libraries_of_two(tmp_path_factory):
+    """Two libraries: what our compiler makes, and what somebody put into the cache."""
+    directory = tmp_path_factory.mktemp("libraries")
+    found = []
+    for name, value in (("ours", 1), ("planted", 2)):
+        source = directory / f"{name}.c"
+        source.write_text(f"int whose(void) {{ return {value}; }}")
+        library = directory / f"{name}.so"
+        subprocess.run(
+            [*build._find_compiler(), "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+        )
+        found.append(library)
+    return found
+
+
+class Cache:
+    """A cache directory with a library in it, and how often one was compiled."""
+
+    def __init__(self, directory: Path, ours: Path, planted: Path) -> None:
+        self.directory = directory
+        self.compiled = 0
+        self._ours = ours
+        key = build._build_key(
+            build._compiler_identity(build._find_compiler()), (*build.FLAGS, build.OPENMP_FLAG)
+        )
+        self.library = directory / f"slideformer_cpu-{key}.so"
+        directory.mkdir()
+        shutil.copy(planted, self.library)
+        self.library.chmod(0o755)
+        directory.chmod(0o755)
+
+    def compile(self, compiler, flags, path: Path) -> None:
+        self.compiled += 1
+        temporary = path.with_suffix(".tmp")
+        shutil.copy(self._ours, temporary)
+        os.replace(temporary, path)
+
+    def whose(self) -> str:
+        """Whose library this process loads."""
+        build.build_once.cache_clear()
+        library = build.build_once().library
+        assert isinstance(library, ctypes.CDLL)
+        return {1: "ours", 2: "planted"}[library.whose()]
+
+
+@pytest.fixture
+def cache(fresh, libraries_of_two, monkeypatch):
+    cache = Cache(fresh, *libraries_of_two)
+    monkeypatch.setattr(build, "_compile", cache.compile)
+    private = fresh.parent / "private"
+    private.mkdir()
+    monkeypatch.setattr(build, "_private_dir", lambda: private)
+    monkeypatch.setattr(build, "_is_own_group", lambda gid: False)
+    return cache
+
+
+def _link_of_somebody(cache: Cache) -> None:
+    cache.directory.rename(cache.directory.with_name("elsewhere"))
+    cache.directory.symlink_to("elsewhere")
+    os.chown(cache.directory, SOMEBODY, SOMEBODY, follow_symlinks=False)
+
+
+PLACES: dict[str, tuple[Callable[[Cache], object], str]] = {
+    "directory of somebody": (
+        lambda cache: os.chown(cache.directory, SOMEBODY, SOMEBODY),
+        f"belongs to uid {SOMEBODY}",
+    ),
+    "directory above of somebody": (
+        lambda cache: os.chown(cache.directory.parent, SOMEBODY, SOMEBODY),
+        f"belongs to uid {SOMEBODY}",
+    ),
+    "sticky directory above of somebody": (
+        lambda cache: (
+            cache.directory.parent.chmod(0o1777),
+            os.chown(cache.directory.parent, SOMEBODY, SOMEBODY),
+        ),
+        f"belongs to uid {SOMEBODY}",
+    ),
+    "link of somebody": (_link_of_somebody, f"belongs to uid {SOMEBODY}"),
+    "directory above that all may write to": (
+        lambda cache: cache.directory.parent.chmod(0o777),
+        r"written to by others \(mode 0777\)",
+    ),
+    "directory above that a group may write to": (
+        lambda cache: cache.directory.parent.chmod(0o770),
+        r"written to by others \(mode 0770\)",
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", PLACES)
+def test_a_directory_of_others_is_replaced_by_a_private_one(cache, caplog, place):
+    prepare, reason = PLACES[place]
+    if "somebody" in place and os.geteuid() != 0:
+        pytest.skip("only root can give files to others")
+    prepare(cache)
+    with caplog.at_level(logging.WARNING):
+        assert cache.whose() == "ours"
+        assert cache.whose() == "ours"
+    assert cache.compiled == 1
+    assert len(caplog.messages) == 1
+    assert re.search(f"{reason}.*private directory.*XDG_CACHE_HOME", caplog.messages[0])
+
+
+FILES: dict[str, Callable[[Cache], object]] = {
+    "all may write to it": lambda cache: cache.library.chmod(0o666),
+    "a group may write to it": lambda cache: cache.library.chmod(0o775),
+    "it is somebody's": lambda cache: os.chown(cache.library, SOMEBODY, SOMEBODY),
+    "it is somebody's, where nobody else gets": lambda cache: (
+        os.chown(cache.library, SOMEBODY, SOMEBODY),
+        cache.directory.chmod(0o700),
+    ),
+    "it is a link": lambda cache: (
+        cache.library.rename(cache.directory / "other.so"),
+        cache.library.symlink_to("other.so"),
+    ),
+    "all may write to the directory": lambda cache: cache.directory.chmod(0o777),
+    "all may write to the sticky directory": lambda cache: cache.directory.chmod(0o1777),
+    "a group may write to the directory": lambda cache: cache.directory.chmod(0o2770),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("file", FILES)
+def test_a_library_that_may_be_somebodys_is_built_anew(cache, caplog, file):
+    """The directory is ours, so it is put right, once and for all."""
+    if "somebody" in file and os.geteuid() != 0:
+        pytest.skip("only root can give files to others")
+    FILES[file](cache)
+    with caplog.at_level(logging.WARNING):
+        assert cache.whose() == "ours"
+    assert len(caplog.messages) == 1 and "could be anybody's" in caplog.messages[0]
+    build._log_once.cache_clear()
+    caplog.clear()
+    assert cache.whose() == "ours" and caplog.messages == []
+    assert cache.compiled == 1 and cache.library.stat().st_uid == os.geteuid()
+    assert cache.directory.stat().st_mode & 0o022 == 0
+
+
+OWN: dict[str, Callable[[Cache], object]] = {
+    "as it is made": lambda cache: cache.directory.chmod(0o700),
+    "that others may read": lambda cache: None,
+    "made under umask 0002": lambda cache: (cache.library.chmod(0o775), cache.directory.chmod(0o700)),
+    "in a sticky directory": lambda cache: cache.directory.parent.chmod(0o1777),
+    "behind a link of one's own": lambda cache: (
+        cache.directory.rename(cache.directory.with_name("elsewhere")),
+        cache.directory.symlink_to("elsewhere"),
+    ),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("own", OWN)
+def test_a_cache_of_ones_own_is_used(cache, caplog, own):
+    OWN[own](cache)
+    with caplog.at_level(logging.WARNING):
+        assert cache.whose() == "planted"  # by this user
+    assert cache.compiled == 0 and caplog.messages == []
+
+
+@needs_compiler
+def test_a_group_of_ones_own_is_nobody_else(cache, caplog, monkeypatch):
+    monkeypatch.setattr(build, "_is_own_group", lambda gid: True)
+    cache.directory.parent.chmod(0o770)
+    cache.directory.chmod(0o775)
+    cache.library.chmod(0o775)
+    with caplog.at_level(logging.WARNING):
+        assert cache.whose() == "planted"  # by this user
+    assert cache.compiled == 0 and caplog.messages == []
+    assert stat.S_IMODE(cache.directory.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    ("group", "own"),
+    [
+        (SimpleNamespace(gr_name="ada", gr_mem=[]), True),
+        (SimpleNamespace(gr_name="ada", gr_mem=["ada"]), True),
+        (SimpleNamespace(gr_name="ada", gr_mem=["ada", "bob"]), False),
+        (SimpleNamespace(gr_name="users", gr_mem=[]), False),
+        (None, False),
+    ],
+)
+def test_which_group_is_ones_own(monkeypatch, group, own):
+    monkeypatch.setattr(build.pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=7, pw_name="ada"))
+    monkeypatch.setattr(build.grp, "getgrgid", lambda gid: {7: group}[gid] if group else {}[gid])
+    assert build._is_own_group(7) is own
+    if group is not None:
+        monkeypatch.setattr(build.grp, "getgrgid", lambda gid: group)
+        assert not build._is_own_group(8)
+
+
+@needs_compiler
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_what_is_built_is_for_this_user_alone(fresh, tmp_path, monkeypatch, umask):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a" / "b"))
+    before = os.umask(umask)
+    try:
+        directory = build._cache_dir()
+    finally:
+        os.umask(before)
+    for made in (directory, directory.parent, directory.parent.parent):
+        assert stat.S_IMODE(made.stat().st_mode) & 0o077 == 0
+    source = tmp_path / "csrc"
+    source.mkdir()
+    (source / build.MAIN_SOURCE).write_text("int nothing(void) { return 0; }")
+    monkeypatch.setattr(build, "SOURCE_DIR", source)
+    before = os.umask(umask)
+    try:
+        build._compile(build._find_compiler(), build.FLAGS, directory / "slideformer_cpu-x.so")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((directory / "slideformer_cpu-x.so").stat().st_mode) == 0o700

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_slideformer.errors import TransferError
+from hf_slideformer.memory import streams
 from hf_slideformer.memory.transfer import Handle, Lane, compute_event
 
 CPU = torch.device("cpu")
@@ -115,5 +116,167 @@ def test_a_finished_piece_of_work_is_let_go():
     lane.close()
 
 
-def test_no_events_on_the_cpu():
-    assert compute_event(CPU) is None
+def test_an_event_on_the_cpu_is_a_point_that_has_been_passed():
+    event = compute_event(CPU)
+    assert event.query()
+    event.synchronize()
+    event.wait()
+
+
+def test_work_on_the_cpu_is_done_by_an_event_too(lane):
+    handle = lane.submit("copy", lambda: None)
+    handle.wait_issued()
+    assert handle.event is not None and handle.event.query()
+
+
+class _Event:
+    """An event as a device might hand it out: it comes when it is told to, or every question about it fails."""
+
+    def __init__(self, error=None):
+        self.passed, self.error, self.waits = threading.Event(), error, 0
+
+    def query(self):
+        self._check()
+        return self.passed.is_set()
+
+    def synchronize(self):
+        self.waits += 1
+        self._check()
+        assert self.passed.wait(60)
+
+    wait = synchronize
+
+    def _check(self):
+        if self.error is not None:
+            raise self.error
+
+
+def test_a_handle_is_complete_when_its_event_has_passed(lane):
+    handle, event = Handle("copy"), _Event()
+    handle.complete(event)
+    handle.wait_issued()
+    assert not handle.is_complete
+    seen = []
+    behind = lane.submit("next", lambda: seen.append(event.passed.is_set()), after=[handle])
+    event.passed.set()
+    behind.wait_host()
+    assert seen == [True] and handle.is_complete
+    for wait in (handle.wait_host, handle.wait_stream, handle.settle):
+        wait()
+    assert event.waits == 4
+
+
+def test_work_waits_for_late_events(lane):
+    events, seen = [_Event(), _Event()], []
+    handle = lane.submit("copy", lambda: seen.append(1), after_events=[events[0], None, events[1]])
+    events[1].passed.set()
+    assert not handle.is_complete and seen == []
+    events[0].passed.set()
+    handle.wait_host()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("how", ["after", "after_events"])
+def test_an_event_that_fails_is_told_to_everyone_who_waits(lane, how):
+    """After a device-side assertion every question about an event raises."""
+    cause, dropped = RuntimeError("device-side assert triggered"), []
+    handle = Handle("gradients of layer 3")
+    handle.complete(_Event(cause))
+    assert handle.is_complete and not handle.failed
+    handle.settle()
+    for wait in (handle.wait_host, handle.wait_stream):
+        with pytest.raises(TransferError, match="gradients of layer 3 failed: device-side assert") as caught:
+            wait()
+        assert caught.value.__cause__ is cause
+    ran = []
+    behind = lane.submit(
+        "next",
+        lambda: ran.append(1),
+        **{how: [handle if how == "after" else handle.event]},
+        dropped=lambda: dropped.append(1),
+    )
+    with pytest.raises(TransferError, match="next failed: .*device-side assert"):
+        behind.wait_host()
+    assert dropped == [1] and ran == []
+    lane.submit("after that", lambda: ran.append(2)).wait_host()  # the lane goes on
+    assert ran == [2]
+
+
+def test_what_cannot_be_recorded_fails_and_the_lane_goes_on(lane, monkeypatch):
+    def record(self):
+        raise RuntimeError("device-side assert triggered")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streams.CpuStream, "record", record)
+        with pytest.raises(TransferError, match="copy failed: device-side assert"):
+            lane.submit("copy", lambda: None).wait_host()
+    lane.submit("next", lambda: None).wait_host()
+
+
+def test_a_lane_whose_stream_cannot_be_waited_for_is_closed_all_the_same(monkeypatch, caplog):
+    def synchronize(self):
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(streams.CpuStream, "synchronize", synchronize)
+    lane = Lane("test", CPU)
+    lane.close()
+    assert not lane._thread.is_alive()
+    assert "lane test ended with an error: device-side assert" in caplog.text
+
+
+def test_a_closed_lane_drops_what_it_is_given():
+    lane, dropped = Lane("test", CPU), []
+    lane.close()
+    handle = lane.submit("copy", lambda: None, dropped=lambda: dropped.append(1))
+    assert handle.failed and dropped == [1]
+    lane.drain()
+
+
+def test_draining_waits_for_what_came_before_also_if_it_fails():
+    gate, seen = threading.Event(), []
+    lane = Lane("test", CPU, lambda label: 0.0 if gate.wait(60) else 1.0)
+    lane.submit("bad", lambda: 1 / 0)
+    lane.submit("good", lambda: seen.append(1))
+    gate.set()
+    lane.drain()
+    assert seen == [1]
+    lane.close()
+
+
+CUDA_0, CUDA_1 = torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+def test_waiting_means_the_current_stream_of_the_events_device(monkeypatch):
+    """Not that of the current device: a model may be on another."""
+
+    class Torch:
+        def __init__(self, device):
+            self.device, self.waited = device, []
+
+        def wait_event(self, event):
+            self.waited.append(event)
+
+    recorded = {}
+
+    class OfTorch:
+        def __init__(self, blocking):
+            self.blocking = blocking
+
+        def record(self, stream):
+            recorded[self] = stream
+
+    compute = {device: Torch(device) for device in (CUDA_0, CUDA_1)}
+    monkeypatch.setattr(torch.cuda, "Event", OfTorch)
+    monkeypatch.setattr(torch.cuda, "Stream", Torch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=CUDA_0: compute[device])
+    event = compute_event(CUDA_1)
+    assert recorded == {event.of_torch: compute[CUDA_1]}
+    stream = streams.new_stream(CUDA_1)
+    stream.wait(event)
+    assert stream._stream.device == CUDA_1 and stream._stream.waited == [event.of_torch]
+    moved = Handle("copy")
+    moved.complete(stream.record())
+    moved.wait_stream()
+    assert compute[CUDA_1].waited == [moved.event.of_torch]
+    assert compute[CUDA_0].waited == []
+    assert recorded[moved.event.of_torch] is stream._stream and moved.event.of_torch.blocking

@@ -226,8 +226,36 @@ def test_gradients_kept_over_steps_are_refused():
     first, second = runs.batches(2)
     loop.loss(first).backward()
     loop.optimizer.step()
+    loss = loop.loss(second)  # zero_grad() may still come between forward and backward
     with pytest.raises(StateError, match="zero_grad"):
-        loop.loss(second)
+        loss.backward()
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zeroing_gradients_between_forward_and_backward(accumulates, set_to_none):
+    def body(loop):
+        for first, second in zip(runs.batches(3), runs.batches(3, seed=5), strict=True):
+            loss = loop.loss(first)
+            loop.optimizer.zero_grad(set_to_none=set_to_none)
+            loss.backward()
+            if accumulates:
+                loop.loss(second).backward()
+            loop.optimizer.step()
+
+    assert_same_as_plain(body, accumulates=accumulates)
+
+
+def test_model_zero_grad_between_forward_and_backward_after_a_clip():
+    def body(loop):
+        for tokens in runs.batches(3):
+            loss = loop.loss(tokens)
+            loop.model.zero_grad()
+            loss.backward()
+            loop.clip(loop.model.parameters(), 0.1)
+            loop.optimizer.step()
+
+    assert_same_as_plain(body)
 
 
 def test_parameters_without_a_gradient_are_skipped():
