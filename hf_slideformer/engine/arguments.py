@@ -33,8 +33,8 @@ def containers_changed(
     Args:
         leaves: what the arguments were put together from.
         spec: how.
-        args: the arguments after the layer has run.
-        kwargs: those with names.
+        args: the positional arguments after the layer has run.
+        kwargs: the named ones.
         again: puts them together anew. Not everything that pytree takes apart comes back as the same type.
     """
     after, spec_after = flatten(args, kwargs)
@@ -52,7 +52,7 @@ def without_caches(
         module: the layer.
         names: of its forward's arguments, in their order.
         args: what it is called with; not changed.
-        kwargs: the same, by name.
+        kwargs: likewise, by name.
 
     Raises:
         UnsupportedModelError: a cache that is in use, or that cannot be taken out.

@@ -1,4 +1,4 @@
-"""What a streamed layer is called with comes to it as it was given: types, values, and containers."""
+"""A streamed layer is called with what it was given: types, values, and containers that it must not change."""
 
 import collections
 import copy

@@ -10,14 +10,16 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from . import data, models
+from hf_slideformer import SlideTrainerMixin
+
+from . import data, models, rounding
 
 STEPS = 20
 LEARNING_RATE = 1e-3
@@ -98,6 +100,7 @@ class RunResult:
         initial: the model's state dict before training.
         weights: the model's state dict after training.
         trained: names of the parameters that require gradients.
+        noise: of plain Trainer's runs, by parameter: how far rounding of gradients can move each element.
     """
 
     losses: list[float]
@@ -107,6 +110,7 @@ class RunResult:
     initial: dict[str, torch.Tensor]
     weights: dict[str, torch.Tensor]
     trained: frozenset[str]
+    noise: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def make_trainer(
@@ -189,10 +193,16 @@ def run(
         trainer = make_trainer(
             trainer_class, case, output_dir, model=model, trainer_kwargs=trainer_kwargs, **overrides
         )
+        # Of the engine's runs nothing is watched: it would finish its updates before each step for a callback.
+        sensitivity = None if isinstance(trainer, SlideTrainerMixin) else rounding.Sensitivity()
+        if sensitivity is not None:
+            trainer.add_callback(sensitivity)
         if before_training is not None:
             before_training(trainer)
         trainer.train()
         result = collect(trainer, initial)
+        if sensitivity is not None:
+            result = replace(result, noise=sensitivity.by_name())
         if after_training is not None:
             after_training(trainer)
         return result
@@ -218,6 +228,7 @@ def assert_same_run(
 ) -> None:
     """Fail unless two runs agree: metrics to ``rtol`` relative, weights to ``atol`` absolute, frozen ones in bits.
 
+    The few elements that rounding errors of their gradients can move further are compared to that (`rounding`).
     Parameters whose true gradient is zero (`ModelSpec.zero_gradient`) are compared with the bound of
     `_assert_close_within_noise` instead.
     """
@@ -243,8 +254,18 @@ def assert_same_run(
             _assert_close_within_noise(name, expected_part, actual_part, expected.learning_rates)
             expected_part.zero_()
             actual_part.zero_()
-        difference = (actual_weight - expected_weight).abs().max().item()
-        assert difference <= atol, f"{name} differs by {difference:.2e}"
+        difference = (actual_weight - expected_weight).abs()
+        allowed = torch.full_like(difference, atol).double()
+        if name in expected.noise and not spec.has_zero_gradient(name):
+            allowed = allowed.maximum(expected.noise[name])
+            loose = (allowed > atol).sum().item()
+            assert loose <= 1 + allowed.numel() / 500, (
+                f"{loose} elements of {name} have no gradient to compare"
+            )
+        worst = (difference - allowed).argmax()
+        assert (difference <= allowed).all(), (
+            f"{name} differs by {difference.flatten()[worst]:.2e}, {allowed.flatten()[worst]:.2e} are allowed"
+        )
 
 
 def _assert_close_within_noise(
