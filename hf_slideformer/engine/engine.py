@@ -500,10 +500,10 @@ class SlideEngine:
         self._updates.synchronize()
 
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
-        """Tell the engine that weights were written in a way it cannot see (through `p.data`).
+        """Tell the engine that weights were written in a way it cannot see (past torch's functions).
 
-        Copies on the device are dropped and the parameters' master residuals cleared. Writes through `p.copy_()`
-        or `load_state_dict` are noticed anyway.
+        Copies on the device are dropped and the parameters' master residuals cleared. Writes through `p.copy_()`,
+        `p.data` or `load_state_dict` are noticed anyway, and whole.
 
         Args:
             parameters: those that were written; None stands for all, which rounds every master to its weight.
@@ -526,6 +526,7 @@ class SlideEngine:
             lane.drain()
         self._worker.drain()
         self.pool.reset()
+        self._access.forget_runs()
         for state in self.states:
             state.param.grad = None
         self.clipping.clear()
