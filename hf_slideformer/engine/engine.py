@@ -141,7 +141,7 @@ class SlideEngine:
             overlap_is_exact=overlap_is_exact,
             on_gpu=device.type == "cuda",
         )
-        self.overlapped = blueprint.overlapped
+        self.overlapped = self._overlap_was_exact = blueprint.overlapped
         gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
         self._refusal: PlanError | None = None
         how: dict[str, Any] = {
@@ -317,8 +317,7 @@ class SlideEngine:
                 for state in self.states
                 if state.unit is None and state.param.requires_grad
             ]
-            if self.overlapped:
-                self._update_residents_in_backward()
+            self._update_residents_in_backward()
         self._updates.use(optimizer)
         optimizer.bind(self)
         self._optimizers.add(optimizer)
@@ -366,6 +365,32 @@ class SlideEngine:
                 state.param.grad_dtype = state.spec.dtype
         self._promoted = [state for state in self._promoted if state.param.grad is not None]
 
+    def runs_again(self, unit: Unit) -> None:
+        """See `GradientSink`. An overlapped update would be made before its gradient is complete.
+
+        Where the settings leave it open, and no update of this step has begun, updates are deferred from now on.
+
+        Raises:
+            PlanError: gradients that wait for their update do not fit.
+        """
+        can_wait = self.config.update == "auto" and not self.plan.decisions.weights_on_disk
+        if self.overlapped and self.gradients is not None and can_wait and not self._updates.has_begun:
+            self._defer_updates(
+                f"updates are deferred, because {unit.name} runs forward more than once a step"
+            )
+
+    def _defer_updates(self, note: str) -> None:
+        assert self.gradients is not None
+        self._planned = self._planned.deferring(note)
+        self._updates.defer()
+        self.gradients.abandon()  # waits for the last ones of the step before
+        self.overlapped = self.clipping.overlapped = False
+        self._blueprint = dataclasses.replace(self._blueprint, overlapped=False)
+        self._placed.defer_updates()
+        self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
+        self.gradients = self.clipping.gradients = self._make_gradients()
+        logger.warning("%s; gradients wait for step() in memory of their own", note)
+
     def begin_unit(self, unit: Unit) -> None:
         """See `GradientSink`."""
         if self.gradients is None:
@@ -399,8 +424,8 @@ class SlideEngine:
         self.gradients.push(unit, grads)
 
     def _update_residents_in_backward(self) -> None:
-        """From now on gradients of resident units are used up, and their memory is free, as soon as they are there."""
-        for unit in self.executor.units:
+        """With overlapped updates, use up gradients of resident units when they are there: their memory is free."""
+        for unit in self.executor.units if self.overlapped else ():
             for param in unit.found.parameters.values() if not unit.streamed else ():
                 if param.requires_grad:
                     hook = Hook(self, SlideEngine._use_up_gradient)
@@ -408,6 +433,8 @@ class SlideEngine:
 
     def _use_up_gradient(self, param: nn.Parameter) -> None:
         state, grad = self.param_state(param), param.grad
+        if not self.overlapped:  # any more
+            return
         if grad is not None and self._updates.update_in_backward(state, grad):
             assert self.gradients is not None
             self.gradients.note_norm(state, grad)
@@ -584,7 +611,7 @@ class SlideEngine:
         have = {
             "bf16": self._bf16,
             "accumulates": self._accumulates,
-            "overlapped": self.overlapped,
+            "overlapped": self._overlap_was_exact,
             "optimizer_states": self.config.optimizer_states,
             "config": self.config,
         }
@@ -703,9 +730,10 @@ class SlideEngine:
                 f"{reason}, for which the model has to leave its engine, but that failed ({error}); load the model anew"
             ) from error
         self._left = reason
-        for put in (*self._methods, *self._hooks):
-            put.remove()
-        self._methods, self._hooks = [], []
+        while self._methods:
+            self._methods.pop().remove()
+        while self._hooks:
+            self._hooks.pop().remove()
         for optimizer in self._optimizers:
             optimizer.unbind(f"its model left the engine: {reason}")
         self._finalizer()

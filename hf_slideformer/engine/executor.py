@@ -139,6 +139,9 @@ class GradientSink(Protocol):
     def begin_forward(self) -> None:
         """Called before the first unit runs forward since the last backward or step, with autograd on."""
 
+    def runs_again(self, unit: Unit) -> None:
+        """Called before a unit runs forward a second time since the last step, with autograd on."""
+
     def begin_unit(self, unit: Unit) -> None:
         """Called before a unit's backward is recomputed."""
 
@@ -228,6 +231,8 @@ class Executor:
             self.sink.begin_forward()
         position = self.tape.record(unit.index)
         unit.forwards_since_step += 1
+        if unit.forwards_since_step == 2:
+            self.sink.runs_again(unit)
         keeps = unit.keeps_for(tensors)
         # What all layers share (an encoder's output) would get its gradients summed in another order than where units
         # stream, so such layers go the same way as those.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 
@@ -188,6 +189,11 @@ class PlacedState:
         self._state_of[id(param)] = state
         return state
 
+    def defer_updates(self) -> None:
+        """Make room for gradients that wait for their update from now on."""
+        self._blueprint = dataclasses.replace(self._blueprint, overlapped=False)
+        self.allocate_for_training()
+
     def allocate_for_training(self) -> None:
         """Make room for what an optimizer needs, once: moments of zero, and gradients that wait for their update."""
         moments, overlapped = self._blueprint.moments, self._blueprint.overlapped
@@ -232,7 +238,7 @@ class PlacedState:
                 value = state.read_master()
                 if state.param.data_ptr() == state.live.data_ptr():
                     state.param.data = value.to("cpu", copy=value is state.live)
-                if getattr(state.param, "grad_dtype", state.param.dtype) != state.param.dtype:
+                if state.spec.trainable and hasattr(state.param, "grad_dtype"):
                     state.param.grad_dtype = None  # as autograd makes them, also after another cast
                 state.weight = state.live = state.param.data
                 state.residual, state.version = None, state.param._version

@@ -55,6 +55,29 @@ class Planned:
         workload = replace(self.workload, training=False)
         return describe(workload, self.plan.decisions, notes=self.plan.notes)
 
+    def deferring(self, note: str) -> Planned:
+        """The same placement with updates that wait for `step`, and gradients that wait for them.
+
+        Args:
+            note: for the plan, says why.
+
+        Raises:
+            PlanError: gradients do not fit beside the rest.
+        """
+        workload, given = replace(self.workload, overlapped=False), self.plan.budgets
+        streamed = len(workload.layouts) - len(self.plan.decisions.resident)
+        staging = workload.staging_buffers(streamed)
+        budgets = Budgets(gpu=given["GPU"], ram=given["RAM"], disk=given.get("disk"))
+        again = self.profile.notes if self.profile is not None else ()
+        plan = describe(
+            workload,
+            replace(self.plan.decisions, staging_buffers=staging),
+            budgets=budgets,
+            notes=[*(known for known in self.plan.notes if known not in again), note],
+        )
+        check_budgets(plan, budgets, [f"Or set SlideConfig(update='deferred') from the start: {note}."])
+        return replace(self, plan=plan, workload=workload)
+
 
 def plans_activations(device: torch.device, config: SlideConfig) -> bool:
     """Whether there is memory to fill: that of a GPU, or as much RAM as the user lets stand in for one."""

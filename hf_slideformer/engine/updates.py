@@ -258,6 +258,18 @@ class Updates:
 
     # -- overlapped updates ----------------------------------------------------------------------------------
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether overlapped updates of the step that comes have been made, or begun."""
+        return bool(self._used_hyperparams)
+
+    def defer(self) -> None:
+        """Make updates in `step` from now on."""
+        assert not self.has_begun
+        self.wait_held()  # what is being saved is read in the order of overlapped updates
+        self.synchronize()
+        self._overlapped = False
+
     def overlapped_update(self, unit: Unit, states: Sequence[ParamState]) -> UnitUpdate:
         """The update of a unit's parameters that have just got gradients, for the worker."""
         states = [state for state in states if state.order in self._group_of]

@@ -96,8 +96,11 @@ def test_it_computes_saves_and_copies_as_a_model_that_was_never_prepared(place, 
     assert torch.equal(restored.lm_head.weight, plain.lm_head.weight)
 
 
-def test_gradients_of_a_model_that_accumulated_have_its_dtype_again(tmp_path):
-    run = trained("accumulates", tmp_path)
+@pytest.mark.parametrize("announced", [True, False])
+def test_gradients_of_a_model_that_accumulated_have_its_dtype_again(announced, tmp_path):
+    run = trained("accumulates" if announced else "came_in_bf16", tmp_path)
+    for micro_batches in (2, 1):
+        step(run, batches(micro_batches), max_norm=None)
     run.engine.release()
     model = run.model.to(torch.float16)
     tokens = batches(1)[0]
