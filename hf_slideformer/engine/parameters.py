@@ -393,6 +393,9 @@ class _StandIn:
         return True
 
 
+_CLONES = (torch.Tensor.clone, torch.clone)
+
+
 class _Operation:
     """One operation with ordinary tensors in the place of guarded ones; what it writes into them is taken over."""
 
@@ -405,6 +408,13 @@ class _Operation:
     def run(self) -> Any:
         """What torch returns."""
         args, kwargs = _mapped(self._args, self._replace), _mapped(self._kwargs, self._replace)
+        if (
+            self._func in _CLONES
+            and not kwargs
+            and len(args) == 1
+            and self._stand_ins[id(self._args[0])].is_copy
+        ):
+            return args[0]
         result = self._func(*args, **kwargs)
         back = {id(x.tensor): x.original for x in self._stand_ins.values() if x.take_over()}
         return _restored(result, back)

@@ -563,3 +563,27 @@ def test_steps_go_on_from_what_was_written(tmp_path):
         step(run, batches(1, seed=9), max_norm=1.0)
         run.engine.synchronize()
     assert_same_bits(*runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("placement", ["streamed", "resident", "outside in RAM"])
+def test_reads_and_writes_on_the_gpu(tmp_path, placement):
+    run = placed(tmp_path, placement, device="cuda", delays={"update": slow_updates})
+    for _ in range(2):
+        run.model(input_ids=TOKENS.cuda(), labels=TOKENS.cuda(), use_cache=False).loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        read = {name: run.model.get_parameter(name).detach().clone() for name in NAMES}
+        before = masters(run)
+        for name, value in read.items():
+            assert value.dtype == torch.float32 and torch.equal(value.cpu(), before[name]), name
+    kept = copy.deepcopy(run.model.state_dict())
+    halves = {state.name: state.live.clone() for state in run.engine.states}
+    run.model.load_state_dict(halves)
+    assert_masters(run, before)
+    with torch.no_grad():
+        for param in run.model.parameters():
+            param.data.mul_(0.9)
+    assert_masters(run, {name: value * 0.9 for name, value in before.items()})
+    run.model.load_state_dict(kept)
+    assert_masters(run, before)

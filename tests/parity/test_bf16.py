@@ -13,6 +13,7 @@ from slideformer_kernels import reference
 from transformers import Trainer, get_scheduler
 
 from hf_slideformer import SlideConfig, SlideTrainer
+from hf_slideformer.engine.parameters import live_tensors
 
 from . import data, harness, reference_loop
 from .harness import Case
@@ -84,6 +85,18 @@ def residuals_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     return residuals
 
 
+def assert_both_halves(
+    expected: reference_loop.ReferenceResult, whole: dict[str, torch.Tensor], trainer: Trainer
+) -> None:
+    """Fail unless a trained model has the halves of the reference's masters in memory, and `whole` for who reads it."""
+    with live_tensors():
+        halves = harness.snapshot(trainer)
+    weights = harness.snapshot(trainer)
+    harness.assert_same_tensors(expected.weights, {name: halves[name] for name in expected.weights})
+    harness.assert_same_tensors(expected.residuals, residuals_of(trainer))
+    harness.assert_same_tensors(whole, {name: weights[name] for name in whole})
+
+
 def _assert_bits_of_reference(
     case: Case, output_dir: Path, *, model_factory=None, slide_config=None, **overrides
 ) -> tuple[reference_loop.ReferenceResult, harness.RunResult]:
@@ -112,14 +125,14 @@ def _assert_bits_of_reference(
     assert actual.losses == expected.losses
     # Logged as fp32 or as float64, that is left open: nothing but the log depends on it.
     assert harness.relative_difference(actual.grad_norms, expected.grad_norms) < 1e-6
-    harness.assert_same_tensors(expected.weights, {name: actual.weights[name] for name in expected.weights})
-    harness.assert_same_tensors(expected.residuals, residuals_of(trainer))
+    whole = expected.masters if case.dtype == torch.float32 else expected.weights
+    assert_both_halves(expected, whole, trainer)
 
     trainer.save_model(str(output_dir / "final"))
     # Loaded rather than read: mixtral's experts are stored one by one, under other names.
     loaded = type(model_factory()).from_pretrained(output_dir / "final", dtype="auto")
     saved = {name: parameter.detach() for name, parameter in loaded.named_parameters()}
-    harness.assert_same_tensors(expected.masters if case.dtype == torch.float32 else expected.weights, saved)
+    harness.assert_same_tensors(whole, saved)
     return expected, actual
 
 
