@@ -321,7 +321,11 @@ class _Ambient(TorchFunctionMode):
             return self._most_true[args[0]]
         if func is torch.bincount and kwargs.get("minlength"):  # experts by their number: none is beyond
             return torch.empty(kwargs["minlength"], dtype=torch.int64)
-        if func is getattr(torch, "_grouped_mm", None) and args[0].dtype != torch.bfloat16:
+        if (
+            func is getattr(torch, "_grouped_mm", None)
+            and "offs" in kwargs
+            and args[0].dtype != torch.bfloat16
+        ):
             # Its kernels take fp32 too, but torch knows shapes in bf16 only; transformers' own operator has the same.
             func, args, kwargs = (
                 torch.ops.transformers.grouped_mm_fallback,
