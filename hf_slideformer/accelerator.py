@@ -442,7 +442,8 @@ class SlideAccelerator(Accelerator):
             assert output_dir is not None, "Accelerate wants a directory too"
             target = Path(output_dir).resolve()
         in_place = must_be_written_in_place(target)
-        with DirectoryLock(_lock_file(target, named=named, in_place=in_place)):
+        lock = _lock_file(target, named=named, in_place=in_place)
+        with DirectoryLock(lock) if self.is_main_process else contextlib.nullcontext():
             self._slide_save_state(target, in_place, safe_serialization, save_model_func_kwargs)
         return target if named else Path(output_dir or "")
 

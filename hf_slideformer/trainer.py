@@ -99,9 +99,10 @@ class SlideStatus:
             engine.release("trainer.slide.release() was called")
 
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
-        """Call after writing weights through `p.data`, with the parameters written; other writes are noticed.
+        """Call after writing weights past torch's functions (a kernel, numpy), with the parameters written.
 
-        Call `synchronize` before writing: a checkpoint that is being written would get some of them.
+        Other writes are noticed. Call `synchronize` before writing: a checkpoint that is being written would get some
+        of them.
         """
         engine = self.engine
         if engine is not None:

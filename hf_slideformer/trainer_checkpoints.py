@@ -5,7 +5,8 @@ its place once it is whole, optimizer state and weights are written from where t
 
 Between a step and the next only small files are written. Tensors follow in a thread beside the next steps, whose
 updates wait for them (`engine/held.py`). Whoever may look at the checkpoint, or change what it is of, waits until it is
-in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training.
+in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training. Where
+code of others takes part in saving nothing overlaps, and files are written when the methods that write them return.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from .checkpoint import (
@@ -85,15 +86,7 @@ class CheckpointMixin(_Trainer):
         directory = Path(self._get_output_dir(trial=trial))
         self._is_training = True
         try:
-            if not self.args.should_save:
-                pass
-            elif SaveStrategy(self.args.save_strategy) != SaveStrategy.NO:
-                with self._owning(directory):
-                    clean_up(directory, self._files)
-            elif directory.is_dir():
-                # It may be shared, until something is saved there after all.
-                with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(directory / LOCK_FILE):
-                    clean_up(directory, self._files)
+            self._remove_leftovers(directory)
             result = super().train(*args, **kwargs)
             self._finish_save()
             self._enter_changes()
@@ -107,11 +100,23 @@ class CheckpointMixin(_Trainer):
                 for lock in locks:
                     lock.release()
 
+    def _remove_leftovers(self, directory: Path) -> None:
+        """Remove what a killed run left of checkpoints, and own the directory if this run saves there."""
+        if not self.args.should_save:
+            return
+        if SaveStrategy(self.args.save_strategy) != SaveStrategy.NO:
+            with self._owning(directory):
+                clean_up(directory, self._files)
+        elif directory.is_dir():
+            # It may be shared, until something is saved there after all.
+            with contextlib.suppress(CheckpointError, DiskError), DirectoryLock(directory / LOCK_FILE):
+                clean_up(directory, self._files)
+
     @contextlib.contextmanager
     def _owning(self, directory: Path) -> Iterator[None]:
         """The only process that saves to `directory`; until training ends, if this is a part of it."""
         file = (directory / LOCK_FILE).absolute()
-        if any(lock.file == file for lock in self._locks):
+        if not self.args.should_save or any(lock.file == file for lock in self._locks):
             yield
             return
         lock = DirectoryLock(file, settle=self._settle)
@@ -296,15 +301,15 @@ class CheckpointMixin(_Trainer):
         """Trainer's own code, and what of a subclass runs in it, writes into the hidden directory."""
         given = vars(self).get("_get_output_dir")
         # On the instance, for subclasses may have one of their own.
-        vars(self)["_get_output_dir"] = lambda trial=None: str(checkpoint.outer)
+        self.__dict__["_get_output_dir"] = lambda trial=None: str(checkpoint.outer)
         self._new_checkpoint = checkpoint
         try:
             yield
         finally:
             self._new_checkpoint = None
-            del vars(self)["_get_output_dir"]
+            del self.__dict__["_get_output_dir"]
             if given is not None:
-                vars(self)["_get_output_dir"] = given
+                self.__dict__["_get_output_dir"] = given
 
     def _explained(self, target: Path, error: BaseException, *, is_in_place: bool) -> BaseException:
         """The error to raise for one that came up while `target` was written."""
@@ -398,9 +403,21 @@ class CheckpointMixin(_Trainer):
         new = self._new_checkpoint
         with self._tensors_of(new) as tensors:
             save_optimizer(engine, optimizer, Path(output_dir) / OPTIMIZER_FOLDER, tensors, new.writer)
+        if _next_definition(self, "_save_optimizer_and_scheduler") is not Trainer:
+            self._save_what_others_add(output_dir)
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of schedulers that remind one to save the optimizer too
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_what_others_add(self, output_dir: str) -> None:
+        """Run a class between ours and Trainer, whose own code at the end would pickle all state of the optimizer."""
+        self.optimizer.__dict__["state_dict"] = dict
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            del self.optimizer.__dict__["state_dict"]
+        Path(output_dir, OPTIMIZER_NAME).unlink(missing_ok=True)
 
     # -- resuming --------------------------------------------------------------------------------------------
 
@@ -528,6 +545,12 @@ def _is_others(method: Any) -> bool:
     # Not `__module__`, which wrappers copy.
     module = getattr(function, "__globals__", {}).get("__name__", "")
     return module.partition(".")[0] not in _KNOWN
+
+
+def _next_definition(trainer: Any, name: str) -> type:
+    """The class whose method `super()` finds from here."""
+    order = type(trainer).__mro__
+    return next(kind for kind in order[order.index(CheckpointMixin) + 1 :] if name in vars(kind))
 
 
 def _is_same(path: str, other: str) -> bool:

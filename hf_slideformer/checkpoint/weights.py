@@ -32,6 +32,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from ..engine.engine import SlideEngine
 from ..engine.held import HeldState
 from ..engine.model_source import without_data
+from ..engine.parameters import live_tensors
 from ..engine.replaced import ReplacedMethod
 from ..optim.state import ParamState
 from ..planner.memory import CHECKPOINT_BATCH_BYTES
@@ -148,7 +149,8 @@ def saved_layout(model: nn.Module) -> dict[str, torch.Tensor] | None:
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor] | None:
     """The live tensors that `save_pretrained` would write, or make what it writes from; None as for `saved_layout`."""
-    state_dict = model.state_dict()
+    with live_tensors():
+        state_dict = model.state_dict()
     if getattr(model, "hf_quantizer", None) is not None or not all(
         isinstance(value, torch.Tensor) and is_storable(value.dtype) for value in state_dict.values()
     ):
@@ -287,7 +289,9 @@ def live_layout(model: nn.Module) -> dict[str, torch.Tensor]:
     """What Accelerate's `save_state` would write, as `saved_layout`: live names, each shared tensor once."""
     layout: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for name, value in model.state_dict().items():
+    with live_tensors():
+        live = model.state_dict()
+    for name, value in live.items():
         if value.data_ptr() not in seen or not value.numel():
             seen.add(value.data_ptr())
             layout[name] = without_data(name, value)
@@ -296,7 +300,8 @@ def live_layout(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def add_live_weights(model: nn.Module, path: Path, tensors: TensorFiles) -> None:
     """Have a live model's state dict written to one file, in the dtypes that the weights came in."""
-    live = model.state_dict()
+    with live_tensors():
+        live = model.state_dict()
     entries = _entries_of({name: live[name] for name in live_layout(model)}, tensors.held)
     tensors.add(path, list(entries.values()), {"format": "pt"})
 

@@ -19,6 +19,7 @@ from ..memory.pool import SlotPool
 from ..optim.state import ParamState
 from .adapters import watch_adapters
 from .hooks import Hook
+from .parameters import ModelRuns, guard_parameter, live_tensors, ordinary_parameter, share_tied, unguarded
 from .placed import PlacedState
 from .replaced import ReplacedMethod
 from .updates import Updates
@@ -40,6 +41,8 @@ class StateAccess:
         self._in_hand = False
         # What `watch` has put on the model.
         self._watching: list[RemovableHandle | ReplacedMethod] = []
+        self._runs = ModelRuns()
+        self._run_hooks: list[RemovableHandle] = []
         # A `load_state_dict` that is going on: of which module, and its fp32 values by parameter.
         self._load_root: nn.Module | None = None
         self._loading: dict[int, torch.Tensor] = {}
@@ -57,9 +60,42 @@ class StateAccess:
         for module in model.modules():
             watching += [
                 module.register_state_dict_pre_hook(Hook(self, StateAccess.synchronize)),
+                module.register_state_dict_post_hook(Hook(self, StateAccess.has_state_dict)),
                 module.register_load_state_dict_pre_hook(Hook(self, StateAccess.load_begins)),
                 module.register_load_state_dict_post_hook(Hook(self, StateAccess.load_ends)),
             ]
+        self._guard(model)
+
+    def _guard(self, model: nn.Module) -> None:
+        """Have code outside of the engine meet whole weights, and wait for them."""
+        for state in self._placed.states:
+            guard_parameter(state, self, self._runs)
+        streamed = {id(p) for unit in self._placed.streamed for p in unit.found.parameters.values()}
+        inside = {id(module) for unit in self._placed.units for module in unit.found.module.modules()}
+        units = {id(unit.found.module) for unit in self._placed.units if not unit.streamed}
+        hooks = self._run_hooks
+        hooks.append(model.register_forward_pre_hook(Hook(self._runs, ModelRuns.forget)))
+        for module in model.modules():
+            owns = any(id(param) not in streamed for param in module.parameters(recurse=False))
+            if (
+                isinstance(module, PreTrainedModel)
+                or id(module) in units
+                or (owns and id(module) not in inside)
+            ):
+                begins, ends = Hook(self._runs, ModelRuns.begin), Hook(self._runs, ModelRuns.end)
+                hooks.append(module.register_forward_pre_hook(begins))
+                hooks.append(module.register_forward_hook(ends, always_call=True))
+
+    def unguard(self) -> None:
+        """Make every parameter one of torch's own class again; its memory is left as it is."""
+        for state in self._placed.states:
+            ordinary_parameter(state.param)
+        while self._run_hooks:
+            self._run_hooks.pop().remove()
+
+    def forget_runs(self) -> None:
+        """Called when a forward was interrupted: none of the model's modules is running."""
+        self._runs.forget()
 
     def give_up(self) -> None:
         """Make every parameter an ordinary tensor in RAM, unit by unit, and stop noticing who reads and writes it.
@@ -67,6 +103,7 @@ class StateAccess:
         Raises:
             TransferError: reading from disk failed; the cause is chained. Some units have been given up, others not.
         """
+        self.unguard()
         for state in self._placed.states:
             state.param.grad = None
         self._placed.free_for_training()
@@ -80,6 +117,47 @@ class StateAccess:
     def synchronize(self, *_: object) -> None:
         """See `Updates.synchronize`; called before `state_dict` of the model or a part of it."""
         self._updates.synchronize()
+
+    def has_state_dict(
+        self, module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *_: object
+    ) -> None:
+        """Called after `state_dict` of the model or a part of it, and before for each part inside."""
+        if not prefix:
+            share_tied(state_dict)
+
+    # -- for whoever uses parameters; see `parameters.py` -------------------------------------------------------
+
+    def settle(self, state: ParamState) -> None:
+        """See `WeightAccess`."""
+        if state.unit is None:
+            if state.updated_in_ram:
+                self._updates.synchronize()
+            return
+        unit = self._placed.units[state.unit]
+        if unit.pending_update is not None:
+            unit.pending_update.wait_host()
+        if unit.borrow_weights is not None:
+            assert self._placed.disk is not None
+            self._placed.disk.state.written[unit.index].wait_host()
+
+    def read_weight(self, state: ParamState, place: torch.Tensor) -> torch.Tensor:
+        """See `WeightAccess`."""
+        state.check_outside_write()
+        with self._placed.residual_in_memory(state):
+            return state.read_at(place)
+
+    def write_weight(self, state: ParamState, place: torch.Tensor, values: torch.Tensor) -> None:
+        """See `WeightAccess`."""
+        if state.residual is not None or not state.spec.split:
+            state.write_at(place, values)
+            return
+        assert state.unit is not None
+        with self.state_in_memory(self._placed.units[state.unit].states, write=True):
+            state.write_at(place, values)
+
+    def is_loading(self, state: ParamState) -> bool:
+        """See `WeightAccess`."""
+        return state.order in self._loading
 
     # -- for those who ask -----------------------------------------------------------------------------------
 
@@ -123,6 +201,7 @@ class StateAccess:
             with contextlib.ExitStack() as stack:
                 for unit in units:
                     stack.enter_context(self.state_in_memory(self._placed.units[unit].states, write=True))
+                stack.enter_context(unguarded(state.param for state in states))
                 for state in states:
                     joined = state.read_master()
                     before.append(None if joined is not state.live else state.live.clone())
@@ -170,7 +249,8 @@ class StateAccess:
         if not any(state.spec.joined_on_save for state in self._placed.states):
             return None
         self.synchronize()
-        result = model.state_dict()
+        with live_tensors():
+            result = model.state_dict()
         joined: dict[int, torch.Tensor] = {}  # by address of the live tensor
         for states in self._placed.by_unit():
             halves = [

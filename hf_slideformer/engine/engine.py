@@ -49,6 +49,7 @@ from ..planner.workload import Decisions
 from .access import StateAccess
 from .batch_shape import BatchShape
 from .blueprint import Blueprint
+from .checkpointing import LayerCheckpointing, callers_of
 from .clipping import Clipping, clip_grad_norm_
 from .executor import Executor, Unit, UnitForward, check_unchanged
 from .gradients import Gradients, set_gradient
@@ -228,6 +229,11 @@ class SlideEngine:
             self._methods.append(head)
         self._access.watch(model)
         self._methods += watch_leaving(model, self)
+        self._checkpointing = LayerCheckpointing(unit.found.module for unit in units)
+        self._hooks = [
+            module.register_forward_pre_hook(Hook(self, SlideEngine._recompute_once))
+            for module in callers_of(model, [unit.name for unit in units])
+        ]
         self._names = _names(model)
         # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
         self._gradient_hooks += [
@@ -237,6 +243,9 @@ class SlideEngine:
         ]
 
     # -- construction ----------------------------------------------------------------------------------------
+
+    def _recompute_once(self, *_: object) -> None:
+        self._checkpointing.switch_off()
 
     def _open_disk(self, decisions: Decisions, delay_s: Callable[[str], float] | None) -> UnitsOnDisk | None:
         if not decisions.on_disk:
@@ -494,10 +503,10 @@ class SlideEngine:
         self._updates.synchronize()
 
     def weights_changed(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
-        """Tell the engine that weights were written in a way it cannot see (through `p.data`).
+        """Tell the engine that weights were written in a way it cannot see (past torch's functions).
 
-        Copies on the device are dropped and the parameters' master residuals cleared. Writes through `p.copy_()`
-        or `load_state_dict` are noticed anyway.
+        Copies on the device are dropped and the parameters' master residuals cleared. Writes through `p.copy_()`,
+        `p.data` or `load_state_dict` are noticed anyway, and whole.
 
         Args:
             parameters: those that were written; None stands for all, which rounds every master to its weight.
@@ -520,6 +529,7 @@ class SlideEngine:
             lane.drain()
         self._worker.drain()
         self.pool.reset()
+        self._access.forget_runs()
         for state in self.states:
             state.param.grad = None
         self.clipping.clear()
@@ -696,8 +706,9 @@ class SlideEngine:
                 f"{reason}, for which the model has to leave its engine, but that failed ({error}); load the model anew"
             ) from error
         self._left = reason
-        while self._methods:
-            self._methods.pop().remove()
+        for put in (*self._methods, *self._hooks):
+            put.remove()
+        self._methods, self._hooks = [], []
         for optimizer in self._optimizers:
             optimizer.unbind(f"its model left the engine: {reason}")
         self._finalizer()

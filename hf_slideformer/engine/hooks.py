@@ -22,7 +22,8 @@ class Hook:
         run: called with the owner and what the hook is called with.
     """
 
-    __slots__ = ("_owner", "_run")
+    # The first is torch's, which marks hooks of `state_dict`.
+    __slots__ = ("_from_public_api", "_owner", "_run")
 
     def __init__(self, owner: _Owner | None, run: Callable[..., None]) -> None:
         self._owner = weakref.ref(owner) if owner is not None else None

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from ..errors import PlanError
 from ..memory.disk import DiskStore
 from ..memory.disk_state import DiskInputs, DiskPlace, DiskState, Loan
-from ..memory.layout import DiskLayout, lay_out_on_disk
+from ..memory.layout import DISK_ALIGN_BYTES, DiskLayout, Segment, lay_out_on_disk
 from ..memory.manager import UnitMemory
 from ..memory.pinned import MappedFile, PinBudget
 from ..metrics import Metrics
@@ -92,6 +94,18 @@ class UnitsOnDisk:
     def borrow_state(self, unit: int) -> Loan | None:
         """Ask for residuals and moments; None if the unit has no file."""
         return self.updates.borrow(unit, self.layouts[unit].state) if unit in self else None
+
+    def borrow_residual(self, unit: Unit, segment: Segment) -> tuple[Loan, int]:
+        """Ask for one parameter's residual, as the unit's pending update leaves it.
+
+        Returns:
+            The loan, and at which byte of its buffer the residual starts.
+        """
+        first = self.layouts[unit.index].lo_offset + segment.lo_offset * torch.int16.itemsize
+        start = first // DISK_ALIGN_BYTES * DISK_ALIGN_BYTES
+        end = first + segment.spec.numel * torch.int16.itemsize
+        nbytes = -(-(end - start) // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
+        return self.updates.borrow(unit.index, (start, nbytes), after=unit.pending_update), first - start
 
     def attach(self, memory: UnitMemory, loan: Loan) -> None:
         """Make what was borrowed the residuals and moments of `memory`, of the same unit."""

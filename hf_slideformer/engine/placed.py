@@ -309,6 +309,27 @@ class PlacedState:
         return memory
 
     @contextlib.contextmanager
+    def residual_in_memory(self, state: ParamState) -> Iterator[None]:
+        """Make the `residual` of one parameter a tensor that can be read while the block runs, wherever it lives.
+
+        Raises:
+            TransferError: reading from disk failed; the cause is chained.
+        """
+        unit = state.unit
+        if state.residual is not None or unit is None or self.disk is None or unit not in self.disk:
+            yield
+            return
+        loan, start = self.disk.borrow_residual(self.units[unit], state.segment)
+        try:
+            loan.ready.wait_host()
+            residual = loan.buffer.tensor(torch.int16, start, state.spec.numel).view(state.spec.shape)
+            state.residual = residual.zero_() if state.residual_is_stale else residual
+            yield
+        finally:
+            state.residual = None
+            loan.give_back()
+
+    @contextlib.contextmanager
     def in_memory(self, states: Sequence[ParamState], *, write: bool) -> Iterator[None]:
         """Make `residual` and `moments` of one unit's parameters tensors while the block runs, wherever they live.
 

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import UnsupportedModelError
 from ..memory.layout import ParamSpec
 from .hooks import Hook
+from .parameters import is_ordinary
 
 # Arguments through which layers hand each other tensors by mutating a dictionary: flattening the arguments
 # would cut that path, and gradients through it would be lost.
@@ -114,7 +115,7 @@ def param_spec(model: nn.Module, name: str, param: nn.Parameter, *, bf16: bool) 
     Raises:
         UnsupportedModelError: trainable weights in another dtype (fp16), or a quantized weight.
     """
-    if type(param) is not nn.Parameter and not isinstance(param, FakeTensor):
+    if not is_ordinary(param) and not isinstance(param, FakeTensor):
         raise UnsupportedModelError(
             f"{name} is a {type(param).__name__}, of which only the data would stream (a quantized weight has more); "
             "load the model without quantization, in bfloat16"

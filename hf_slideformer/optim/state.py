@@ -42,7 +42,7 @@ _KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
 }
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class ParamState:
     """One parameter and everything the optimizer keeps for it.
 
@@ -138,6 +138,45 @@ class ParamState:
             if self.updated_in_ram:
                 self.live.copy_(self.weight)
         self.version = self.param._version
+
+    def read_at(self, place: torch.Tensor) -> torch.Tensor:
+        """The fp32 weights of a split master at `place`, a view of the live weights; a new tensor on its device."""
+        self.check_outside_write()
+        assert self.residual is not None, "on disk: attach it first"
+        residual = self._at(place, self.residual).to(place.device)
+        return join_master(place.detach().contiguous(), residual.contiguous())
+
+    def write_at(self, place: torch.Tensor, values: torch.Tensor) -> None:
+        """Set the weights at `place`, a view of the live weights, and nothing else.
+
+        Args:
+            place: where.
+            values: of the same shape and on the same device. fp32 sets a split master exactly; in the dtype of the live
+                weights, the residual is kept wherever the value is what was there.
+        """
+        with torch.no_grad():
+            self.check_outside_write()
+            torch.autograd.graph.increment_version(self.param)  # before, for those who read beside training
+            if not self.spec.split:
+                place.copy_(values)
+            else:
+                assert self.residual is not None, "on disk: attach it first"
+                residual = self._at(place, self.residual)
+                if values.dtype == torch.float32:
+                    hi, lo = split_master(values.detach().contiguous())
+                    residual.copy_(lo.view(place.shape))
+                    place.copy_(hi.view(place.shape))
+                else:
+                    residual.masked_fill_((place != values).to(residual.device), 0)
+                    place.copy_(values)
+            if self.updated_in_ram:
+                self._at(place, self.weight).copy_(place)
+        self.version = self.param._version
+
+    def _at(self, place: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Of another of the parameter's tensors, what `place` is of the live one."""
+        offset = place.storage_offset() - self.live.storage_offset() + whole.storage_offset()
+        return whole.as_strided(place.size(), place.stride(), offset)
 
     def read_master(self) -> torch.Tensor:
         """The weights in the dtype they came in: the tensor itself, or a new one joined from both halves."""

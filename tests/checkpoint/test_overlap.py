@@ -16,6 +16,7 @@ from hf_slideformer import accelerator as accelerator_module
 from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
 from hf_slideformer.engine import updates as updates_module
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.parameters import live_tensors
 from hf_slideformer.engine.updates import Updates
 from hf_slideformer.errors import CheckpointError, DiskError
 from hf_slideformer.trainer_checkpoints import _reads_saved
@@ -319,7 +320,7 @@ def test_stale_residuals_on_disk_are_saved_as_zeros(tmp_path):
         for name, param in trainer.model.model.layers[unit].named_parameters()
         if param.dim() == 2
     )
-    with torch.no_grad():
+    with torch.no_grad(), live_tensors():  # as by a function that torch hands the memory to
         param.mul_(0.5)
     trainer.state.global_step = 4
     trainer._save_checkpoint(trainer.model, None)

@@ -124,7 +124,7 @@ def run_of(model, dtype, decisions, *, backwards, announced):
 def train_by(run, backwards, steps=2):
     run.model.train()
     for tokens in batches(steps):
-        total = 0.0
+        tokens, total = tokens.to(run.engine.device), 0.0
         for loss in backwards(run, tokens):
             loss.backward()
             total += loss.item()

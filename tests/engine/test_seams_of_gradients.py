@@ -46,10 +46,10 @@ class Model(nn.Module):
         return x
 
 
-def stream(model, config=None, decisions=None, **settings):
+def stream(model, config=None, decisions=None, device="cpu", **settings):
     engine = SlideEngine(
         model,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         bf16=False,
         config=config or SlideConfig(),
         decisions=decisions,

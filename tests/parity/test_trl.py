@@ -13,11 +13,12 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import BEMACallback, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from hf_slideformer import SlideConfig, SlideDPOTrainer, SlideSFTTrainer, UnsupportedModelError
 from hf_slideformer.engine.engine import engine_of
@@ -291,6 +292,21 @@ def test_plans_count_on_pairs_and_on_trls_head(tmp_path):
     assert (dpo.slide.plan.batch_size, dpo.slide.plan.seq_len) == (4, max(pairs))
     for trainer in (sft, dpo):
         assert not any("estimated" in note and "activations" in note for note in trainer.slide.plan.notes)
+
+
+def test_averages_of_weights_under_bf16_are_those_of_the_stock_trainer(tmp_path):
+    """The run moves weights by less than their rounding to bf16."""
+    args = {"bf16": True, "learning_rate": 1e-5, "weight_decay": 0.0, "eval_strategy": "no"}
+    found = {}
+    for trainer_class in (SFTTrainer, SlideSFTTrainer):
+        bema = BEMACallback(update_freq=1)
+        directory = tmp_path / trainer_class.__name__
+        CASES["sft, padded"].make(trainer_class, directory, args, callbacks=[bema]).train()
+        found[trainer_class] = load_file(directory / "bema" / "model.safetensors")
+    start = models.build("llama", num_hidden_layers=4).state_dict()
+    for name, value in found[SFTTrainer].items():
+        moved = (value - start[name]).abs().max().item()
+        assert 0 < (found[SlideSFTTrainer][name] - start[name]).abs().max().item() <= 1.5 * moved, name
 
 
 def test_lora_saves_its_adapter_alone_and_resumes(tmp_path):
