@@ -186,6 +186,10 @@ ENGINE: tuple[Member, ...] = (
         _C, "`torch.autograd.grad` would fill the gradients of parameters", "_will_engine_execute_node"
     ),
     Member(
+        ("torch._C:_autograd._get_sequence_nr",),
+        "a tensor with a gradient that reaches a layer past its arguments would not be noticed",
+    ),
+    Member(
         ("torch:Tensor._version",),
         "writes to weights and activations would not be noticed",
     ),
@@ -203,6 +207,23 @@ ENGINE: tuple[Member, ...] = (
         "layers' arguments could not be taken apart",
         "tree_flatten",
         "tree_unflatten",
+    ),
+    *_members(
+        _C,
+        "logits that are computed only when somebody reads them could not be handed out",
+        "DisableTorchFunctionSubclass",
+        "_disabled_torch_function_impl",
+    ),
+    *_members(
+        "torch:Tensor.",
+        "logits that are computed only when somebody reads them could not be handed out",
+        "_make_wrapper_subclass",
+    ),
+    *_members(
+        "torch._subclasses.fake_tensor:",
+        "models could not be looked at without data, and weights without any not be told from others",
+        "FakeTensor",
+        "FakeTensorMode",
     ),
     Member(
         ("transformers.modeling_layers:GradientCheckpointingLayer",),

@@ -256,7 +256,10 @@ def test_a_way_of_following_that_is_not_known_is_refused(tmp_path):
 def test_what_follows_is_found_by_what_it_holds(tmp_path, monkeypatch):
     from trl.trainer.callbacks import SyncRefModelCallback
 
-    monkeypatch.setattr(SyncRefModelCallback, "__name__", "UnderAnotherName")
+    class UnderAnotherName(SyncRefModelCallback):
+        __module__ = "trl.somewhere"
+
+    monkeypatch.setattr("trl.trainer.dpo_trainer.SyncRefModelCallback", UnderAnotherName)
     trainer = CASES["dpo, reference that follows"].make(SlideDPOTrainer, tmp_path)
     assert not any(isinstance(one, SyncRefModelCallback) for one in trainer.callback_handler.callbacks)
     # One that the arguments do not ask for: another version may have another switch.
