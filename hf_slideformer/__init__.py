@@ -22,6 +22,7 @@ _EXPORTS = {
     "PlanError": "errors",
     "ProbeError": "errors",
     "UnsupportedModelError": "errors",
+    "UnsupportedVersionError": "errors",
     "TransferError": "errors",
     "StateError": "errors",
     "CheckpointError": "errors",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .errors import StateError as StateError
     from .errors import TransferError as TransferError
     from .errors import UnsupportedModelError as UnsupportedModelError
+    from .errors import UnsupportedVersionError as UnsupportedVersionError
     from .optim import SlideAdamW as SlideAdamW
     from .trainer import SlideTrainer as SlideTrainer
     from .trainer import SlideTrainerMixin as SlideTrainerMixin
@@ -58,4 +60,11 @@ def __getattr__(name: str) -> Any:
     module = _EXPORTS.get(name) or _OPTIONAL_EXPORTS.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    try:
+        return getattr(importlib.import_module(f".{module}", __name__), name)
+    except ImportError as error:
+        from .compatibility import explained
+
+        if (reason := explained(error)) is error:
+            raise
+        raise reason from error

@@ -21,6 +21,7 @@ from accelerate.accelerator import Accelerator  # not from the package, where a 
 from accelerate.utils import DistributedType, DynamoBackend
 from accelerate.utils.deepspeed import DummyOptim, DummyScheduler
 
+from . import compatibility
 from .checkpoint import (
     LOCK_FILE,
     OPTIMIZER_FOLDER,
@@ -709,7 +710,10 @@ def check_environment(accelerator: Accelerator) -> None:
 
     Raises:
         UnsupportedModelError: with what to do instead.
+        UnsupportedVersionError: this version of Accelerate lacks what is built on.
     """
+    compatibility.check(compatibility.ACCELERATOR)
+    compatibility.check_overrides(type(accelerator), compatibility.ACCELERATOR)
     state = accelerator.state
     others = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
     plugins = ("deepspeed_plugin", "fsdp_plugin", "megatron_lm_plugin")

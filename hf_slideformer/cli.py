@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib.util
 import json
 import logging
 import math
@@ -205,8 +204,6 @@ class _Training:
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Training:
         gpu, ram, nvme = (_size(f"--{name}", getattr(options, name)) for name in ("gpu", "ram", "nvme"))
-        if options.liger and importlib.util.find_spec("liger_kernel") is None:
-            raise ConfigError("--liger needs Liger Kernel here: pip install liger-kernel")
         if options.dtype not in ("bf16", "fp32"):
             raise ConfigError(f"--dtype must be bf16 or fp32, got {options.dtype!r}")
         settings = SlideConfig(
@@ -291,6 +288,7 @@ class _Asked:
     @classmethod
     def of(cls, options: argparse.Namespace, training: _Training) -> _Asked:
         import torch
+        from transformers.utils import is_liger_kernel_available
 
         from .engine.batch_shape import DEFAULT_SEQ_LEN, BatchShape, max_positions
         from .engine.blueprint import Blueprint
@@ -303,6 +301,11 @@ class _Asked:
         model = model_without_data(config, dtype=dtype, trust_remote_code=trust)
         if getattr(config, "quantization_config", None) is not None:
             notes.append(f"the checkpoint is quantized; this plan is for its weights in {training.dtype}")
+        if training.liger and not is_liger_kernel_available():
+            notes.append(
+                "Liger Kernel is not installed here, so activations and the loss are those of transformers' own "
+                "layers, which need more memory; for a closer plan: pip install liger-kernel"
+            )
         longest = max_positions(config)
         seq_len = training.settings.seq_len or min(DEFAULT_SEQ_LEN, longest or DEFAULT_SEQ_LEN)
         if longest is not None and seq_len > longest:

@@ -17,6 +17,10 @@ class UnsupportedModelError(SlideFormerError):
     """The model, optimizer or training option cannot be streamed; the message names the alternative."""
 
 
+class UnsupportedVersionError(SlideFormerError, ImportError):
+    """A package is installed in a version that lacks, or no longer calls, what is built on; names both."""
+
+
 class TransferError(SlideFormerError):
     """A copy between tiers, or an update that ran beside it, failed. The cause is chained."""
 

@@ -24,8 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import compatibility
 from .config import CONFIG_VARIABLE, SlideConfig
-from .errors import ConfigError, UnsupportedModelError
+from .errors import ConfigError, UnsupportedModelError, UnsupportedVersionError
 
 SECTION = "slideformer_config"
 
@@ -151,9 +152,13 @@ def accept_section(module: ModuleType) -> None:
         if SECTION not in content:
             return load(config_file)
         section = content.pop(SECTION)
-        for launcher in map(sys.modules.get, ("accelerate.commands.launch", "__main__")):
-            if launcher is not None and hasattr(launcher, _LAUNCHER):
-                stream_with(launcher, section, f"{SECTION} of {path}")
+        launchers = map(sys.modules.get, ("accelerate.commands.launch", "__main__"))
+        known = [launcher for launcher in launchers if launcher is not None and hasattr(launcher, _LAUNCHER)]
+        if not known:
+            with _errors_in_one_line():
+                compatibility.check(compatibility.LAUNCHER)
+        for launcher in known:
+            stream_with(launcher, section, f"{SECTION} of {path}")
         with tempfile.TemporaryDirectory(prefix="slideformer-") as directory:
             rest = Path(directory) / Path(path).name
             _write(rest, content)
@@ -218,7 +223,7 @@ def _errors_in_one_line() -> Iterator[None]:
     """End the process with our error in one line, instead of a traceback through Accelerate's command."""
     try:
         yield
-    except (ConfigError, UnsupportedModelError) as error:
+    except (ConfigError, UnsupportedModelError, UnsupportedVersionError) as error:
         print(f"slideformer: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -325,8 +330,12 @@ def bind_accelerator(accelerate: ModuleType) -> None:
 
     def getattr_(name: str) -> Any:
         if name == "Accelerator":
-            from .accelerator import SlideAccelerator
-
+            try:
+                from .accelerator import SlideAccelerator
+            except ImportError as error:
+                if (reason := compatibility.explained(error)) is error:
+                    raise
+                raise reason from error
             return SlideAccelerator
         if others is not None:
             return others(name)

@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
+from . import compatibility
 from .accelerator import SlideAccelerator
 from .checkpoint import check_free_space
 from .config import SlideConfig
@@ -124,6 +125,9 @@ class SlideTrainerMixin(CheckpointMixin):
     label_smoother: Any
 
     def __init__(self, *args: Any, slide_config: Any = None, **kwargs: Any) -> None:
+        compatibility.check(compatibility.TRAINER)
+        compatibility.check_overrides(type(self), compatibility.TRAINER)
+        compatibility.check_references(type(self))
         self._slide_config = SlideConfig.of_launch() if slide_config is None else SlideConfig.of(slide_config)
         self.slide = SlideStatus(self)
         self._in_training = False
@@ -136,8 +140,7 @@ class SlideTrainerMixin(CheckpointMixin):
                 self.label_smoother.epsilon, self.label_smoother.ignore_index
             )
         self.callback_handler.callbacks[:0] = [_DrainBeforeForeignCallbacks(self), _TellPlan(self)]
-        if getattr(self.args, "sync_ref_model", False):
-            self._take_over_reference()
+        self._take_over_reference()
 
     # -- construction ----------------------------------------------------------------------------------------
 
@@ -148,14 +151,23 @@ class SlideTrainerMixin(CheckpointMixin):
         self._count_on_batches()
 
     def _take_over_reference(self) -> None:
+        """Let the reference model follow in the place of a callback of TRL's that has it in hand."""
+        reference = getattr(self, "ref_model", None)
         callbacks = self.callback_handler.callbacks
-        theirs = [callback for callback in callbacks if type(callback).__name__ == "SyncRefModelCallback"]
-        if len(theirs) != 1:
+        theirs = [
+            callback
+            for callback in callbacks
+            if type(callback).__module__.startswith("trl.")
+            and any(value is reference for value in vars(callback).values() if value is not None)
+        ]
+        if len(theirs) != bool(getattr(self.args, "sync_ref_model", False)):
             raise UnsupportedModelError(
-                "this version of TRL synchronizes the reference model in a way that is not known here; set "
-                "sync_ref_model=False"
+                f"{len(theirs)} of TRL's callbacks have the reference model in hand, and sync_ref_model="
+                f"{getattr(self.args, 'sync_ref_model', False)}: this version of TRL synchronizes it in a way that is "
+                "not known here; set sync_ref_model=False and remove such callbacks"
             )
-        callbacks[callbacks.index(theirs[0])] = _FollowingReference(self)
+        if theirs:
+            callbacks[callbacks.index(theirs[0])] = _FollowingReference(self)
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
         """As in TRL's DPOTrainer, which may run the model when the trainer is made: it streams from then on."""

@@ -510,7 +510,8 @@ def _reads_saved(callback: TrainerCallback) -> bool:
         return False
     if not kind.__module__.startswith("transformers.") or kind.__name__ not in _UPLOADS:
         return True
-    flag = getattr(callback, _UPLOADS[kind.__name__] or "", False)
+    attribute = _UPLOADS[kind.__name__]
+    flag = attribute is not None and getattr(callback, attribute, True)
     return bool(getattr(flag, "is_enabled", flag))
 
 

@@ -1,6 +1,5 @@
 """`slideformer plan`: its answers, exit codes, and that it needs nothing but a configuration."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 
 from hf_slideformer import cli
 from hf_slideformer.config import parse_bytes
@@ -20,6 +20,7 @@ from hf_slideformer.engine.model_source import load_config, model_without_data
 from hf_slideformer.planner import solve
 from hf_slideformer.planner.plan import format_bytes
 from hf_slideformer.planner.presets import PRESETS
+from tests.parity import models
 
 ROOT = Path(__file__).parent.parent
 GIB, MIB = 2**30, 2**20
@@ -334,12 +335,28 @@ def test_names_of_models(small, answer, tmp_path, monkeypatch):
     assert plans[0][1]["items"] == plans[1][1]["items"] == plans[2][1]["items"]
 
 
-def test_liger_that_is_not_installed_is_asked_for(small, capsys, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "liger_kernel" else find(name, *rest)
-    )
-    assert "pip install liger-kernel" in refused_in_one_line(capsys, small, "--liger")
+@pytest.mark.usefixtures("no_advice")
+def test_without_liger_installed_plain_layers_are_planned_for(small, answer, monkeypatch):
+    for module in (transformers.utils, profile):
+        monkeypatch.setattr(module, "is_liger_kernel_available", lambda: False)
+    how = (small, "--hardware", "rtx4090-64gb", "--activations", "keep")
+    (_, plain), (code, planned) = answer(*how), answer(*how, "--liger")
+    assert code == 0
+    assert planned["peaks"] == plain["peaks"]
+    said = [note for note in planned["notes"] if note not in plain["notes"]]
+    assert len(said) == 1 and "pip install liger-kernel" in said[0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.usefixtures("no_advice")
+def test_experts_in_fp32_are_traced(family, tmp_path, answer):
+    spec = models.MODELS[family]
+    config = getattr(transformers, spec.config_class)(**spec.config, architectures=[spec.model_class])
+    config.save_pretrained(tmp_path)
+    how = (str(tmp_path), "--hardware", "rtx4090-64gb", "--seq-len", "32", "--activations", "keep")
+    code, planned = answer(*how, "--dtype", "fp32")
+    assert code == 0
+    assert not any("without data" in note for note in planned["notes"])
 
 
 @pytest.mark.usefixtures("no_advice")
@@ -353,8 +370,8 @@ def test_ligers_layers_are_planned_for(small, answer, monkeypatch):
             layer.mlp.forward = lambda x: x * 1
 
     monkeypatch.setattr(liger, "apply_liger_kernel", apply)
-    monkeypatch.setattr(profile, "is_liger_kernel_available", lambda: True)
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name, *rest: name)
+    for module in (transformers.utils, profile):
+        monkeypatch.setattr(module, "is_liger_kernel_available", lambda: True)
     how = (small, "--hardware", "rtx4090-64gb", "--activations", "keep", "--batch-size", "64")
     (_, plain), (code, planned) = answer(*how), answer(*how, "--liger")
     assert code == 0

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from .. import compatibility
 from ..config import SlideConfig
 from ..errors import PlanError, SlideFormerError, StateError, UnsupportedModelError
 from ..hardware import available_ram_bytes, default_update_threads
@@ -111,6 +112,8 @@ class SlideEngine:
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
         delays = delays or {}
+        compatibility.check(compatibility.ENGINE)
+        compatibility.check_adapters()
         check_has_data(model)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())

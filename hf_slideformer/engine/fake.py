@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -162,6 +163,7 @@ def on_fake_tensors(tracker: AllocationTracker, *, cuda: bool) -> Iterator[Torch
         replacements.append((loss, "linear_cross_entropy", fused_loss))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_same_generators())
+        stack.enter_context(_without_stack_traces())
         for owner, name, replacement in replacements:
             if hasattr(owner, name):
                 stack.enter_context(_replaced_for_fakes(owner, name, replacement))
@@ -194,6 +196,21 @@ def _replaced_for_fakes(owner: Any, name: str, replacement: Callable) -> Iterato
         yield
     finally:
         setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def _without_stack_traces() -> Iterator[None]:
+    """Nothing is logged of an operator that knows no shapes: who asked gets its error too, and estimates instead."""
+
+    def refuse(record: logging.LogRecord) -> bool:
+        return False
+
+    log = logging.getLogger(FakeTensor.__module__)
+    log.addFilter(refuse)
+    try:
+        yield
+    finally:
+        log.removeFilter(refuse)
 
 
 @contextlib.contextmanager
@@ -304,6 +321,17 @@ class _Ambient(TorchFunctionMode):
             return self._most_true[args[0]]
         if func is torch.bincount and kwargs.get("minlength"):  # experts by their number: none is beyond
             return torch.empty(kwargs["minlength"], dtype=torch.int64)
+        if (
+            func is getattr(torch, "_grouped_mm", None)
+            and "offs" in kwargs
+            and args[0].dtype != torch.bfloat16
+        ):
+            # Its kernels take fp32 too, but torch knows shapes in bf16 only; transformers' own operator has the same.
+            func, args, kwargs = (
+                torch.ops.transformers.grouped_mm_fallback,
+                args[:2],
+                {"offs": kwargs["offs"]},
+            )
         if self._cuda:
             func, args, kwargs = _as_on_cuda(func, args, kwargs)
         result = func(*args, **kwargs)

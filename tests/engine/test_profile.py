@@ -1,6 +1,7 @@
 """Profiles made without data agree with real runs, and making one leaves no trace."""
 
 import json
+import logging
 import resource
 import time
 from pathlib import Path
@@ -140,6 +141,42 @@ def test_the_fused_loss_holds_its_gradients_and_one_chunk_of_logits():
     left = profile(model, seq_len=64, fused_loss=False, device_type="cuda")
     assert left.loss_bytes > 10 * rows * vocabulary - 2 * weight
     assert left.units == found.units
+
+
+@pytest.fixture
+def logged_by_torch():
+    """What torch logs of operators that it knows no shapes for; its loggers hand nothing on to others."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    log.addHandler(handler)
+    yield records
+    log.removeHandler(handler)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_fp32_are_traced(family, logged_by_torch):
+    found = profile(models.build(family), bf16=False)
+    assert found.source == "traced" and not logged_by_torch
+    half = profile(models.build(family), bf16=True)
+    for ours, theirs in zip(found.units, half.units, strict=True):
+        assert ours.forward_flops == theirs.forward_flops
+        assert theirs.saved_bytes < ours.saved_bytes < 2.1 * theirs.saved_bytes
+
+
+def test_an_operator_without_shapes_is_estimated_in_silence(logged_by_torch):
+    def of_no_shape(x):
+        return torch._grouped_mm(x.detach(), x.detach())
+
+    model = tiny_llama()
+    model.model.norm.register_forward_hook(lambda module, args, output: of_no_shape(output[0]))
+    found = profile(model)
+    assert found.source == "estimated"
+    assert not logged_by_torch
+    with FakeTensorMode(), pytest.raises(Exception):  # noqa: B017, PT011 - whatever torch raises
+        of_no_shape(torch.empty(4, 4))
+    assert logged_by_torch  # it would have said so, and says so again
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])

@@ -253,6 +253,22 @@ def test_a_way_of_following_that_is_not_known_is_refused(tmp_path):
         CASES["dpo, reference that follows"].make(Unknown, tmp_path)
 
 
+def test_what_follows_is_found_by_what_it_holds(tmp_path, monkeypatch):
+    from trl.trainer.callbacks import SyncRefModelCallback
+
+    class UnderAnotherName(SyncRefModelCallback):
+        __module__ = "trl.somewhere"
+
+    monkeypatch.setattr("trl.trainer.dpo_trainer.SyncRefModelCallback", UnderAnotherName)
+    trainer = CASES["dpo, reference that follows"].make(SlideDPOTrainer, tmp_path)
+    assert not any(isinstance(one, SyncRefModelCallback) for one in trainer.callback_handler.callbacks)
+    # One that the arguments do not ask for: another version may have another switch.
+    trainer = CASES["dpo, reference"].make(SlideDPOTrainer, tmp_path)
+    trainer.add_callback(SyncRefModelCallback(ref_model=trainer.ref_model, accelerator=None))
+    with pytest.raises(UnsupportedModelError, match="1 of TRL's callbacks have the reference model in hand"):
+        trainer._take_over_reference()
+
+
 def test_log_probabilities_are_precomputed_by_the_streamed_model(tmp_path):
     case = CASES["dpo, precomputed"]
     trainer = case.make(SlideDPOTrainer, tmp_path)
