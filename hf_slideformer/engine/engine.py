@@ -222,6 +222,7 @@ class SlideEngine:
         self._access = StateAccess(self._placed, self._updates, self.pool)
         # Resident parameters whose gradient became an fp32 sum, for a second backward that nobody had announced.
         self._promoted: list[ParamState] = []
+        self._in_units = {id(param) for unit in units for param in unit.found.parameters.values()}
         self._logits_readers: set[str] = set()
         self._said: list[str] = []
         if blueprint.head.module is not None:
@@ -360,9 +361,6 @@ class SlideEngine:
         for state in self.states:
             if state.unit is None:
                 check_unchanged(state)
-        for unit in self.executor.units:
-            for name, param in unit.found.parameters.items() if not unit.streamed else ():
-                check_no_hooks(name, param)
         for state in self._promoted:
             if state.param.grad is None:  # a step is over
                 state.param.grad_dtype = state.spec.dtype
@@ -406,6 +404,8 @@ class SlideEngine:
         """Called when autograd is about to fill the gradient of a resident parameter, or to add to it."""
         if self.executor.in_unit:
             return
+        if id(state.param) in self._in_units:
+            check_no_hooks(state.name, state.param)
         self._updates.check_used_once(state)
         grad = state.param.grad
         if grad is None:

@@ -466,7 +466,7 @@ def _updated(
     r = _sqrt(v)
     inv_bias_correction2_sqrt = tl.full(g.shape, inv_bias_correction2_sqrt, tl.float32)
     d = _fma(r, inv_bias_correction2_sqrt, tl.full(g.shape, eps, tl.float32), INTERPRETED)
-    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), tl.div_rn(m, d), p * decay, INTERPRETED)
+    p = _fma(p, tl.full(g.shape, decay, tl.float32), minus_step_size * tl.div_rn(m, d), INTERPRETED)
     return p, m, v, r
 
 

@@ -8,7 +8,7 @@ fp32 and the scalars of :class:`~slideformer_kernels.scalars.AdamWScalars`::
     m = fma(one_minus_beta1, g - m, m)
     v = fma(one_minus_beta2 * g, g, beta2 * v)
     d = fma(sqrt(v), inv_bias_correction2_sqrt, eps)
-    p = fma(-step_size, m / d, p * decay)
+    p = fma(p, decay, -step_size * (m / d))
 
 Every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and square
 root correctly rounded, nothing contracted beyond the four explicit fma. A NaN that is stored (``m``, ``v``,
@@ -413,7 +413,7 @@ def _updated(
     v = fma(g * scalars.one_minus_beta2, g, exp_avg_sq * scalars.beta2)
     r = _sqrt(v)
     d = fma(scalars.inv_bias_correction2_sqrt, r, scalars.eps)
-    return fma(-scalars.step_size, m / d, param * scalars.decay), m, v, r
+    return fma(scalars.decay, param, m / d * -scalars.step_size), m, v, r
 
 
 def _sqrt(x: torch.Tensor) -> torch.Tensor:

@@ -118,12 +118,27 @@ def test_update_is_the_documented_sequence_of_roundings(make_state):
         v = fp32(fp32(Fraction(scalars.one_minus_beta2) * g) * g + fp32(Fraction(scalars.beta2) * v))
         root = Fraction(float(exact_sqrt(float(v))))
         d = fp32(root * Fraction(scalars.inv_bias_correction2_sqrt) + Fraction(scalars.eps))
-        p = fp32(-Fraction(scalars.step_size) * fp32(m / d) + fp32(p * Fraction(scalars.decay)))
+        p = fp32(p * Fraction(scalars.decay) + fp32(-Fraction(scalars.step_size) * fp32(m / d)))
         for name, value in (("param", p), ("exp_avg", m), ("exp_avg_sq", v)):
             expected[name].append(float(value))
     reference.adamw_fp32_(*state.values(), scalars, float(scale))
     for name, values in expected.items():
         assert state[name].tolist() == values, name
+
+
+def test_a_decayed_weight_is_rounded_once(make_state):
+    # The change is small beside the weight, so its own roundings are too: half a unit in the weight's last place is left.
+    state = make_state(400, torch.bfloat16, seed=4, gentle=True)
+    scalars = adamw_scalars(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3)
+    state["param"] = state["param"].abs() + 1.0
+    before = state["param"].clone()
+    reference.adamw_fp32_(*state.values(), scalars, 1.0)
+    for p, m, v, after in zip(
+        before.tolist(), *(state[k].tolist() for k in ("exp_avg", "exp_avg_sq", "param")), strict=True
+    ):
+        d = v**0.5 * scalars.inv_bias_correction2_sqrt + scalars.eps
+        exact = p * scalars.decay - scalars.step_size * m / d
+        assert abs(after - exact) <= 0.5001 * float(np.spacing(np.float32(exact)))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

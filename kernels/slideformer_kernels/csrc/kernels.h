@@ -57,7 +57,7 @@ TARGET INLINE VF ISA(adamw_step)(const ISA(adamw_constants) *c, VF g, VF *p, VF 
     *v = vf_fma(vf_mul(c->one_minus_beta2, g), g, vf_mul(c->beta2, *v));
     VF r = vf_sqrt(*v);
     VF d = vf_fma(r, c->inv_bias_correction2_sqrt, c->eps);
-    *p = vf_fma(c->minus_step_size, vf_div(*m, d), vf_mul(*p, c->decay));
+    *p = vf_fma(*p, c->decay, vf_mul(c->minus_step_size, vf_div(*m, d)));
     return r;
 }
 
