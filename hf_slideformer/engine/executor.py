@@ -34,7 +34,7 @@ from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
 from ..memory.offload import OffloadedTensor, TensorOffload
 from ..memory.pinned import HostBuffer
-from ..memory.pool import Lease, SlotPool
+from ..memory.pool import Lease, SlotPool, refuse_gradient
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
 from .arguments import containers_changed, flatten, without_caches
@@ -523,7 +523,10 @@ _TENSOR = object()  # stands for a tensor in a flattened structure
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+    leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+    if leaf.requires_grad:
+        leaf.register_post_accumulate_grad_hook(refuse_gradient)
+    return leaf
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,6 +307,38 @@ def test_a_tensor_without_a_gradient_may_come_in_any_way():
     assert_same_gradients(gradients(ours), gradients(plain))
 
 
+def its_input(layer, args):
+    layer.taken = args[0]
+
+
+def its_weight(layer, args):
+    layer.taken = layer.up.weight
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+@pytest.mark.parametrize("take", [its_input, its_weight])
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_a_hook_takes_out_of_a_layer_may_not_be_used_in_the_loss(take, activations, inner):
+    model = make(Model)
+    layer = model.layers[2]
+    if inner:  # inside the layer, where its stand-ins are
+        layer.up.register_forward_pre_hook(lambda _, args: take(layer, args))
+    else:
+        layer.register_forward_pre_hook(take)
+    stream(model, SlideConfig(activations=activations))
+    loss = model(X)
+    assert layer.taken.requires_grad
+    if not inner and take is its_input:  # comes from the model's own graph
+        (loss + layer.taken.sum()).backward()
+        return
+    if not inner:  # the model's own parameter
+        (loss + layer.taken.sum()).backward()
+        assert layer.up.weight.grad is not None
+        return
+    with pytest.raises(StateError):
+        (loss + layer.taken.sum()).backward()
+
+
 # -- layers that run a part of themselves again ---------------------------------------------------------------------
 
 
