@@ -88,12 +88,13 @@ class OutsideUpdates:
             self._pending.wait_stream()
             self._pending, self._leaving = None, []
 
-    def settle(self) -> bool:
-        """Block until nothing of the last step is under way any more; False if it failed."""
+    def abandon(self) -> BaseException | None:
+        """Block until nothing of the last step is under way any more; returns why it failed, if it did."""
         if self._pending is None:
-            return True
+            return None
         self._pending.settle()
-        return not self._pending.failed
+        error, self._pending, self._leaving = self._pending.error, None, []
+        return error
 
     def wait_host(self) -> None:
         """Block until the weights of the last step are in place."""

@@ -154,11 +154,11 @@ class Updates:
                         "the learning rate or another hyperparameter changed between backward and step, but "
                         "overlapped updates had used the old value; use SlideConfig(update='deferred')"
                     )
-            self._used_hyperparams.clear()
         else:
             for unit in sorted(self._placed.streamed, key=lambda unit: self._tape.place(unit.index)):
                 self._enqueue(unit)
         self._step_residents()
+        self._used_hyperparams.clear()  # last: an interrupted step leaves some parameters a step ahead
 
     def _enqueue(self, unit: Unit) -> None:
         if unit.pending_update is not None:
@@ -364,13 +364,16 @@ class Updates:
         for unit in self._placed.streamed:
             if unit.pending_update is not None:
                 unit.pending_update.settle()
-                if not unit.pending_update.failed:
+                error = unit.pending_update.error
+                if error is None:
                     unit.pending_update = None
                 elif self._overlapped:
                     # Its gradients never arrived, while other units were updated.
                     self._failure.note(StateError(f"{unit.name} missed an overlapped update"))
-        if self._outside is not None and not self._outside.settle():
-            self._failure.note(StateError("parameters outside of units missed an update"))
+                else:
+                    self._failure.note(error)
+        if self._outside is not None and (error := self._outside.abandon()) is not None:
+            self._failure.note(error)
         self._used.clear()
         if self._used_hyperparams:
             self._used_hyperparams.clear()

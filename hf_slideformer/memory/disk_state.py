@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -36,11 +37,12 @@ class Loan:
     happens: with too few buffers nothing moves any more. Once it has been, giving it back again does nothing.
     """
 
-    __slots__ = ("_buffer", "_desk", "_is_back", "ready", "unit")
+    __slots__ = ("_after", "_buffer", "_desk", "_is_back", "ready", "unit")
 
     def __init__(self, desk: Desk, unit: int) -> None:
         self._desk = desk
         self._is_back = False
+        self._after = Handle.done()  # what still reads the buffer when it has been given back
         self.unit = unit
         self._buffer: HostBuffer | None = None
         self.ready = Handle.done()  # replaced by the desk
@@ -63,7 +65,6 @@ class Loan:
         """
         if not self._is_back:
             self._desk.take_back(self, write=write, nbytes=nbytes, after=after)
-            self._is_back = True
 
     def __del__(self) -> None:
         # Of one that nobody got: Ctrl-C came while it was being handed over.
@@ -259,9 +260,11 @@ class Desk:
     def __init__(self, state: DiskState, name: str, buffers: int, nbytes: int, *, pin: bool) -> None:
         self._state = state
         self._buffers = [HostBuffer(nbytes, pin=pin) for _ in range(buffers)]
-        # Buffers that nobody borrows, by way of the loan that had one last, with what has to end before they are filled
-        # again; None at the end.
-        self._free: queue.SimpleQueue[tuple[HostBuffer | Loan, Handle] | None] = queue.SimpleQueue()
+        # Buffers that nobody borrows, with what has to end before they are filled again; None at the end.
+        self._free: queue.SimpleQueue[tuple[HostBuffer, Handle] | None] = queue.SimpleQueue()
+        # A loan may be given back while its buffer is being filled. Reentrant: a garbage collection inside may end the
+        # life of another loan.
+        self._lock = threading.RLock()
         for buffer in self._buffers:
             self._free.put((buffer, Handle.done()))
         self._reads = Lane(f"state-for-{name}", _CPU)
@@ -292,39 +295,38 @@ class Desk:
                 self._free.put((buffer, Handle.done()))
                 state.on_failure(error)
                 raise
-            loan._buffer = buffer
+            with self._lock:
+                loan._buffer = buffer
+                is_back = loan._is_back
+            if is_back:
+                self._free.put((buffer, loan._after))
 
         loan.ready = self._reads.submit(f"state of unit {unit} from disk", fetch)
         return loan
 
     def _take(self) -> HostBuffer:
-        while True:
-            item = self._free.get()
-            if item is None:
-                self._free.put(None)  # for the next one
-                raise StateError("the engine was closed; prepare the model again")
-            last, done = item
-            if isinstance(last, HostBuffer):
-                try:
-                    done.wait_host()
-                except BaseException:
-                    self._free.put((last, Handle.done()))
-                    raise
-                return last
-            with contextlib.suppress(Exception):  # what read the buffer is over, well or not
-                done.wait_host()
-            if last._buffer is not None:  # else its own read failed, and gave the buffer back
-                return last._buffer
+        item = self._free.get()
+        if item is None:
+            self._free.put(None)  # for the next one
+            raise StateError("the engine was closed; prepare the model again")
+        buffer, done = item
+        done.settle()  # a write that failed has been told to `on_failure`, a copy to who waits for it
+        return buffer
 
     def take_back(self, loan: Loan, *, write: bool, nbytes: int | None, after: Handle | None) -> None:
         """See `Loan.give_back`."""
         if not write:
-            self._free.put((loan, after or loan.ready))
+            with self._lock:
+                loan._is_back, loan._after = True, after or Handle.done()
+                buffer = loan._buffer
+            # One that has no buffer yet must not be in the queue: the next to be filled could be its own.
+            if buffer is not None:
+                self._free.put((buffer, loan._after))
             return
-        try:
-            loan.ready.wait_host()
-        except Exception:
-            return  # it never got a buffer, and whoever waits for it has been told
+        loan.ready.settle()
+        loan._is_back = True
+        if loan._buffer is None:
+            return  # reading failed, and whoever waits for it has been told
         buffer, state, unit = loan.buffer, self._state, loan.unit
         span = 0, state.files[unit].nbytes if nbytes is None else nbytes
         written = state.write_backs.submit(

@@ -186,9 +186,10 @@ class TensorOffload:
         with self._lock:
             fitting = [entry for entry in self._free if entry[0].nbytes >= nbytes]
             if fitting:
-                entry = min(fitting, key=lambda one: one[0].nbytes)
+                entry = buffer, read = min(fitting, key=lambda one: one[0].nbytes)
                 self._free.remove(entry)
-                return entry
+                # A copy that failed reads nothing any more, and its failure is not the next user's.
+                return (buffer, Handle.done()) if read.failed else entry
             outgrown = min(self._free, key=lambda one: one[0].nbytes, default=None)
             if outgrown is not None:  # batches got longer: replace one rather than pile up
                 self._free.remove(outgrown)

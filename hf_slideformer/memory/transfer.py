@@ -77,6 +77,11 @@ class Handle:
         """Whether the work has failed."""
         return self._error is not None
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why the work has failed; None if it has not."""
+        return self._error
+
     def wait_issued(self) -> None:
         """Block until the work has been issued."""
         self._issued.wait()

@@ -5,6 +5,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_slideformer import SlideTrainer
+from hf_slideformer.errors import StateError
 
 from . import runs
 
@@ -129,6 +130,47 @@ def test_training_goes_on_with_overlapped_updates(tmp_path, where):
     assert ours.slide.engine.overlapped
     runs.assert_same_logs(ours, theirs)
     runs.assert_same_weights(runs.masters(ours.model, ours.slide.engine), runs.masters(theirs.model))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
+def test_the_first_error_is_what_one_sees(tmp_path, error):
+    """Interrupted among overlapped updates there is no going on; why not is a note, and the next call's error."""
+    bomb = _Bomb(error)
+    model = runs.llama()
+
+    def hook(module, args, output):
+        if output.requires_grad:
+            output.register_hook(bomb)
+
+    model.model.layers[0].register_forward_hook(hook)
+    trainer = runs.make(
+        SlideTrainer,
+        model,
+        tmp_path,
+        trainer_kwargs={"callbacks": [_AtEvent("on_step_begin", _Armed(bomb))]},
+        max_steps=3,
+        max_grad_norm=0,
+    )
+    with pytest.raises(type(error)) as caught:
+        trainer.train()
+    assert caught.value is error
+    assert any("Training cannot go on" in note and "interrupted" in note for note in error.__notes__)
+    with pytest.raises(StateError, match="last checkpoint"):
+        trainer.train()
+
+
+class _Armed:
+    """At a callback's event: arms a bomb that goes off elsewhere."""
+
+    def __init__(self, bomb):
+        self.armed, self._bomb = False, bomb
+
+    @property
+    def fired(self):
+        return self._bomb.fired
+
+    def __call__(self):
+        self._bomb.armed = self.armed
 
 
 def test_evaluation_between_forward_and_backward(tmp_path):
