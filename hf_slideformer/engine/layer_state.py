@@ -77,7 +77,9 @@ class LayerState:
             self._written = {
                 (id(place.entries), place.key)
                 for place, _ in tensors
-                if place.value.nbytes > _SMALL_BYTES and not torch.equal(place.copy, place.value)
+                if place.copy is not None
+                and place.value.nbytes > _SMALL_BYTES
+                and not torch.equal(place.copy, place.value)
             }
         found = [
             place

@@ -38,7 +38,7 @@ def check_no_leaks(
         if type(node).__name__ == "AccumulateGrad":
             own = id(node.variable) in known  # type: ignore[attr-defined]
         else:
-            own = since <= node._sequence_nr() < until  # type: ignore[attr-defined]
+            own = since <= node._sequence_nr() < until
         if not own:
             raise UnsupportedModelError(
                 f"{name} uses a tensor with a gradient ({_described(node)}) that is neither one of its arguments nor "
