@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 import torch
 from slideformer_kernels import sum_of_squares
+from torch import nn
 
 from ..errors import StateError
 from ..optim.state import ParamState
 from .gradients import Gradients
+from .parameters import unguarded
 
 
 class Clipping:
@@ -117,6 +119,13 @@ def clip_grad_norm_(
             f"clip_grad_norm_(max_norm={max_norm}) after overlapped updates have started; use "
             "SlideConfig(update='deferred')"
         )
+    with unguarded(param for param in params if isinstance(param, nn.Parameter)):
+        return _clip(models, params, max_norm, norm_type)
+
+
+def _clip(
+    models: Sequence[Clipping], params: Sequence[torch.Tensor], max_norm: float, norm_type: float
+) -> torch.Tensor:
     given = {id(param) for param in params}
     pending = [model.pending() for model in models]
     if norm_type != 2.0 or any(id(state.param) not in given for states in pending for state in states):

@@ -59,6 +59,7 @@ from .leaving import watch_leaving
 from .loss import defer_logits
 from .on_disk import UnitsOnDisk
 from .outside import OutsideUpdates
+from .parameters import unguarded
 from .placed import PlacedState
 from .planning import find_budgets, plan_for
 from .replaced import ReplacedMethod
@@ -358,8 +359,9 @@ class SlideEngine:
 
     def begin_forward(self) -> None:
         """See `GradientSink`."""
-        for state in self.states:
-            if state.unit is None:
+        resident = [state for state in self.states if state.unit is None]
+        with unguarded(state.param for state in resident):
+            for state in resident:
                 check_unchanged(state)
         for state in self._promoted:
             if state.param.grad is None:  # a step is over
@@ -480,7 +482,8 @@ class SlideEngine:
         self.gradients.check_used_up()
         steps = [state.step for state in self.states]
         try:
-            self._updates.step()
+            with unguarded(state.param for state in self.states):
+                self._updates.step()
         except BaseException as error:
             if steps != [state.step for state in self.states]:
                 self._failure.note(error)  # some parameters are a step ahead of the others

@@ -363,47 +363,54 @@ class Executor:
         following = after_backward(self.tape.recorded, call.position, self.pool.depth, self._streamed)
         lease = self.lease(unit, following)
         try:
-            if call.keeps:
-                call.saved.restore(lease.buffer)
-            else:
-                self._unpark(call)
-                args, kwargs = call.arguments()
-                assert call.snapshot is not None, "made in every forward that is recomputed"
-                with (
-                    bound(unit, lease),
-                    call.ambient.restored(),
-                    call.snapshot.restored(),
-                    torch.enable_grad(),
-                ):
-                    call.saved.recompute(lambda: unit.original_forward(*args, **kwargs))
-            pairs = [
-                (edge, grad)
-                for edge, grad in zip(call.edges, grads, strict=True)
-                if grad is not None and edge is not None
-            ]
-            given_back = [*call.inputs, *unit.shared]
-            wanted_inputs = [tensor for tensor in given_back if tensor.requires_grad]
-            wanted_leaves = [leaf for leaf in call.leaves if leaf.requires_grad and with_params]
-            results: tuple[torch.Tensor | None, ...] = (None,) * (len(wanted_inputs) + len(wanted_leaves))
-            if pairs:
-                # Bound: a layer that checkpoints a part of itself runs that part again in here.
-                with bound(unit, lease), self._differentiating():
-                    results = torch.autograd.grad(
-                        [edge for edge, _ in pairs],
-                        [*wanted_inputs, *wanted_leaves],
-                        [grad for _, grad in pairs],
-                        allow_unused=True,
-                    )
+            with bound(unit, lease):
+                if call.keeps:
+                    call.saved.restore(lease.buffer)
+                else:
+                    self._unpark(call)
+                    self._recompute(call)
+                # Still bound: a layer that checkpoints a part of itself runs that part again in here.
+                input_grads, leaf_grads = self._differentiate(call, grads, with_params=with_params)
         finally:
             call.saved.clear()
             lease.release()
         unit.open_calls.discard(call)
         if unit.trainable and with_params:
-            self.sink.push(unit, list(results[len(wanted_inputs) :]))
-        given = iter(results)
-        input_grads = [next(given) if tensor.requires_grad else None for tensor in given_back]
+            self.sink.push(unit, leaf_grads)
         call.free()
         return input_grads
+
+    @staticmethod
+    def _recompute(call: UnitCall) -> None:
+        args, kwargs = call.arguments()
+        assert call.snapshot is not None, "made in every forward that is recomputed"
+        with call.ambient.restored(), call.snapshot.restored(), torch.enable_grad():
+            call.saved.recompute(lambda: call.unit.original_forward(*args, **kwargs))
+
+    def _differentiate(
+        self, call: UnitCall, grads: tuple[torch.Tensor | None, ...], *, with_params: bool
+    ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+        """Gradients of a unit's inputs and shared parameters, and of its trainable leaves."""
+        pairs = [
+            (edge, grad)
+            for edge, grad in zip(call.edges, grads, strict=True)
+            if grad is not None and edge is not None
+        ]
+        given_back = [*call.inputs, *call.unit.shared]
+        inputs = [tensor for tensor in given_back if tensor.requires_grad]
+        leaves = [leaf for leaf in call.leaves if leaf.requires_grad and with_params]
+        results: tuple[torch.Tensor | None, ...] = (None,) * (len(inputs) + len(leaves))
+        if pairs:
+            with self._differentiating():
+                results = torch.autograd.grad(
+                    [edge for edge, _ in pairs],
+                    [*inputs, *leaves],
+                    [grad for _, grad in pairs],
+                    allow_unused=True,
+                )
+        given = iter(results)
+        input_grads = [next(given) if tensor.requires_grad else None for tensor in given_back]
+        return input_grads, list(given)
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

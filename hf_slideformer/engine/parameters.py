@@ -234,9 +234,9 @@ def ordinary_parameter(param: nn.Parameter) -> None:
 def unguarded(params: Iterable[nn.Parameter]) -> Iterator[None]:
     """Make parameters ordinary ones while the block runs."""
     kinds = [(param, type(param)) for param in params if type(param) in _GUARDED]
-    for param, _ in kinds:
-        param.__class__ = nn.Parameter
     try:
+        for param, _ in kinds:
+            param.__class__ = nn.Parameter
         yield
     finally:
         for param, kind in kinds:
