@@ -247,8 +247,8 @@ def without(site: Site, names: list[str]) -> str:
     return in_a_process(run)
 
 
-def _by_tests() -> str:
-    """Which of the other tests notices it."""
+def _by_tests(site: Site) -> str:
+    """Which of the other tests notices it; those of its module first."""
     import pytest
 
     class Failed:
@@ -261,7 +261,11 @@ def _by_tests() -> str:
     failed = Failed()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         quiet = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-        pytest.main(["-x", *quiet, "-m", "not slow", *_TESTS], plugins=[failed])
+        own = f"tests/{site.file.replace('/', '/test_', 1)}"
+        pytest.main(
+            ["-x", *quiet, "-k", "not process", *([own] if Path(own).exists() else []), *_TESTS],
+            plugins=[failed],
+        )
     return failed.first
 
 
@@ -294,7 +298,7 @@ def main(wanted: str) -> int:
 
             def by_tests(site: Site = site) -> str:
                 with left_out(site):
-                    return _by_tests()
+                    return _by_tests(site)
 
             how = in_a_process(by_tests, 600)
         missed += not how
