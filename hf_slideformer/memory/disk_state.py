@@ -19,7 +19,7 @@ import torch
 from ..errors import StateError
 from .disk import DiskFile, DiskStore
 from .layout import DISK_ALIGN_BYTES, Span
-from .pinned import HostBuffer, MappedFile
+from .pinned import HostBuffer, MappedFile, Pin
 from .staging import StagingBuffers
 from .streams import Event
 from .transfer import Handle, Lane
@@ -156,7 +156,7 @@ class DiskState:
         """A unit's file as memory."""
         return MappedFile(self.files[unit].map())
 
-    def open_desk(self, name: str, buffers: int, nbytes: int, *, pin: bool = False) -> Desk:
+    def open_desk(self, name: str, buffers: int, nbytes: int, *, pin: Pin = False) -> Desk:
         """A set of buffers of `nbytes` each, and the thread that fills them."""
         self._desks.append(Desk(self, name, buffers if self.files else 0, nbytes, pin=pin))
         return self._desks[-1]
@@ -211,7 +211,7 @@ class DiskInputs:
         pin: asked for a number of bytes, whether so many may be pinned.
     """
 
-    def __init__(self, state: DiskState, spans: Mapping[int, Span], pin: Callable[[int], bool]) -> None:
+    def __init__(self, state: DiskState, spans: Mapping[int, Span], pin: Callable[[int], Pin]) -> None:
         self._state, self._spans = state, spans
         nbytes = max(size for _, size in spans.values())
         pinned = pin(2 * INPUT_BUFFERS * nbytes)
@@ -257,7 +257,7 @@ class DiskInputs:
 class Desk:
     """Buffers that units' files are read into; made by `DiskState.open_desk`."""
 
-    def __init__(self, state: DiskState, name: str, buffers: int, nbytes: int, *, pin: bool) -> None:
+    def __init__(self, state: DiskState, name: str, buffers: int, nbytes: int, *, pin: Pin) -> None:
         self._state = state
         self._buffers = [HostBuffer(nbytes, pin=pin) for _ in range(buffers)]
         # Buffers that nobody borrows, with what has to end before they are filled again; None at the end.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .layout import DiskLayout, MomentFormat, MomentPart, Segment, Span, UnitLayout
-from .pinned import BufferView, HostBuffer, MappedFile
+from .pinned import BufferView, HostBuffer, MappedFile, Pin
 
 
 class UnitMemory:
@@ -26,7 +26,7 @@ class UnitMemory:
         self,
         layout: UnitLayout,
         *,
-        pin: bool,
+        pin: Pin,
         on_disk: bool = False,
         mapped: tuple[MappedFile, DiskLayout] | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class UnitMemory:
             if self._mapped is not None and self._mapped[1].grad_bytes >= nbytes and not moves:
                 self.grads = BufferView(self._mapped[0], self._mapped[1].gradients[0])
             else:  # a sum that nobody expected is in RAM, whatever the file has room for
-                self.grads = HostBuffer(max(nbytes, least_bytes), pin=self._pin and from_device)
+                self.grads = HostBuffer(max(nbytes, least_bytes), pin=from_device and self._pin)
 
     def free_for_training(self) -> None:
         """Let go of gradient buffers and moments; those that live on disk stay there."""

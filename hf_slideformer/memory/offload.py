@@ -12,7 +12,7 @@ import torch
 from ..errors import StateError
 from ..metrics import Metrics
 from .disk_state import DiskCopy, DiskPlace, lent
-from .pinned import HostBuffer
+from .pinned import HostBuffer, Pin
 from .transfer import Handle, Lane, compute_event
 
 # Tensors on their way to RAM before the compute stream waits for the oldest.
@@ -60,7 +60,7 @@ class TensorOffload:
         to_host: Lane,
         to_device: Lane,
         metrics: Metrics,
-        pin: Callable[[int], bool],
+        pin: Callable[[int], Pin],
         unpinned: Callable[[int], None],
     ) -> None:
         self._device = device

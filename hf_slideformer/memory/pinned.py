@@ -8,6 +8,7 @@ parameters of a unit for one tied weight.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 import weakref
@@ -15,6 +16,10 @@ import weakref
 import torch
 
 from ..errors import PlanError
+
+# Whether memory is to be pinned; a device says for which one, True for the current one. Registering it for another than
+# the model's would work too, but would make a context there, some hundred MiB on a GPU that may be somebody else's.
+Pin = bool | torch.device
 
 
 class HostBuffer:
@@ -31,7 +36,7 @@ class HostBuffer:
         PlanError: the operating system refuses the memory.
     """
 
-    def __init__(self, nbytes: int, *, pin: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pin: Pin = False) -> None:
         self.nbytes = max(mmap.PAGESIZE, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         try:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -47,11 +52,12 @@ class HostBuffer:
                     self._map.madvise(getattr(mmap, advice))
                 except OSError:  # a kernel built without transparent huge pages
                     continue
-        self.pinned = bool(pin) and self._register()
+        self.pinned = bool(pin) and self._register(pin)
 
-    def _register(self) -> bool:
+    def _register(self, pin: Pin) -> bool:
         address = self.tensor(torch.uint8, 0, 1).data_ptr()
-        status = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
+        with _current(pin):
+            status = torch.cuda.cudart().cudaHostRegister(address, self.nbytes, 0)
         if int(status) != 0:
             warnings.warn(
                 f"pinning {self.nbytes / 2**30:.2f} GiB of RAM was refused (CUDA error {int(status)}); the buffer "
@@ -63,7 +69,7 @@ class HostBuffer:
             return False
         # The mapping is an argument so that it outlives the registration. Runs at exit too, while the CUDA
         # context still exists.
-        weakref.finalize(self, _unregister, self._map, address)
+        weakref.finalize(self, _unregister, self._map, address, pin)
         return True
 
     def tensor(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
@@ -94,8 +100,11 @@ class PinBudget:
         self._taken_bytes = 0
         self._warned = False
 
-    def take(self, nbytes: int) -> bool:
-        """Whether `nbytes` more may be pinned; from then on they count. Warns once where the limit is in the way."""
+    def take(self, nbytes: int) -> Pin:
+        """The device if `nbytes` more may be pinned for it, else False; from then on they count.
+
+        Warns once where the limit is in the way.
+        """
         if self._device.type != "cuda":
             return False
         if self._limit_bytes is not None and self._taken_bytes + nbytes > self._limit_bytes:
@@ -109,7 +118,7 @@ class PinBudget:
                 )
             return False
         self._taken_bytes += nbytes
-        return True
+        return self._device
 
     def give_back(self, nbytes: int) -> None:
         """Note that pinned memory was let go of."""
@@ -150,6 +159,11 @@ class BufferView:
         return self._buffer.tensor(dtype, self._base_bytes + offset_bytes, numel)
 
 
-def _unregister(mapping: mmap.mmap, address: int) -> None:
+def _unregister(mapping: mmap.mmap, address: int, pin: Pin) -> None:
     del mapping
-    torch.cuda.cudart().cudaHostUnregister(address)
+    with _current(pin):
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+def _current(pin: Pin) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(pin) if isinstance(pin, torch.device) else contextlib.nullcontext()

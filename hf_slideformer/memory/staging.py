@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import StateError
-from .pinned import HostBuffer
+from .pinned import HostBuffer, Pin
 
 
 class StagingBuffers:
@@ -19,7 +19,7 @@ class StagingBuffers:
         pin: pin them.
     """
 
-    def __init__(self, nbytes: int, count: int, *, pin: bool) -> None:
+    def __init__(self, nbytes: int, count: int, *, pin: Pin) -> None:
         self._nbytes, self._pin = nbytes, pin
         self._free: list[HostBuffer] = []
         self._available = threading.Semaphore(count)

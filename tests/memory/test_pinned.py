@@ -1,5 +1,6 @@
 """Host buffers: whole pages, one storage per tensor, memory that outlives the buffer, nothing for forked children."""
 
+import contextlib
 import gc
 import mmap
 import os
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from hf_slideformer.errors import PlanError
-from hf_slideformer.memory.pinned import HostBuffer
+from hf_slideformer.memory.layout import lay_out
+from hf_slideformer.memory.manager import UnitMemory
+from hf_slideformer.memory.pinned import HostBuffer, PinBudget
+from hf_slideformer.memory.staging import StagingBuffers
 
 PAGE = mmap.PAGESIZE
 
@@ -94,6 +98,56 @@ def test_refused_memory_is_a_plan_error():
 
 def test_not_pinned_unless_asked():
     assert not HostBuffer(PAGE).pinned
+
+
+class _Cuda:
+    """Notes on which device memory is registered and unregistered."""
+
+    def __init__(self, patch):
+        self.current, self.calls = torch.device("cuda", 0), []
+        patch.setattr(torch.cuda, "cudart", lambda: self)
+        patch.setattr(torch.cuda, "device", self._device)
+
+    @contextlib.contextmanager
+    def _device(self, device):
+        before, self.current = self.current, device
+        yield
+        self.current = before
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.calls.append(("register", self.current, nbytes))
+        return 0
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", self.current))
+
+
+def test_memory_is_pinned_for_the_device_of_the_model(monkeypatch):
+    """Not for the current one, where it would make a context."""
+    cuda, device = _Cuda(monkeypatch), torch.device("cuda", 1)
+    pins = PinBudget(device, 10 * PAGE)
+    for make in (
+        lambda: HostBuffer(PAGE, pin=pins.take(PAGE)),
+        lambda: StagingBuffers(PAGE, 1, pin=pins.take(PAGE)).take(),
+        lambda: UnitMemory(lay_out([]), pin=pins.take(PAGE)).weights,
+    ):
+        assert make().pinned
+        gc.collect()
+        assert cuda.calls == [("register", device, PAGE), ("unregister", device)]
+        cuda.calls.clear()
+    with pytest.warns(RuntimeWarning, match="pinned_memory="):
+        refused = pins.take(8 * PAGE)
+    assert not HostBuffer(8 * PAGE, pin=refused).pinned and not cuda.calls
+    assert not PinBudget(torch.device("cpu"), None).take(PAGE)
+
+
+def test_memory_may_be_pinned_for_the_current_device(monkeypatch):
+    cuda = _Cuda(monkeypatch)
+    assert HostBuffer(PAGE, pin=True).pinned
+    assert cuda.calls == [
+        ("register", torch.device("cuda", 0), PAGE),
+        ("unregister", torch.device("cuda", 0)),
+    ]
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ missing wait shows as NaN or as other bits.
 
 import itertools
 import random
+import threading
 
 import pytest
 import torch
@@ -26,11 +27,12 @@ MODES = {
 }
 
 
-def run(mode: str, delays=None, **overrides) -> Run:
+def run(mode: str, delays=None, prepared=lambda run: None) -> Run:
     micro_batches = 2 if mode == "sums" else 1
     max_norm = None if mode == "overlapped" else 0.5
-    prepared = prepare(tiny_llama(), delays=delays, **MODES[mode], **overrides)
-    return train(prepared, STEPS, max_norm=max_norm, micro_batches=micro_batches)
+    found = prepare(tiny_llama(), delays=delays, **MODES[mode])
+    prepared(found)
+    return train(found, STEPS, max_norm=max_norm, micro_batches=micro_batches)
 
 
 def jittered(scale_s: float, seed: int):
@@ -41,6 +43,21 @@ def jittered(scale_s: float, seed: int):
 
 def steady(seconds: float):
     return lambda _label: seconds
+
+
+class Gate:
+    """Holds up one piece of work, by its label, until it is opened: late by order, whatever the machine does."""
+
+    def __init__(self, label: str) -> None:
+        self._label, self._opened = label, threading.Event()
+
+    def __call__(self, label: str) -> float:
+        if label == self._label:
+            assert self._opened.wait(30), f"nothing let {label} go on"
+        return 0.0
+
+    def open(self, *_: object) -> None:
+        self._opened.set()
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +80,13 @@ def test_delays_change_no_bit(undisturbed, mode, delays):
     assert_same_bits(run(mode, delays), undisturbed[mode])
 
 
-def _is_seen(expected: Run, mode: str, delays=None) -> bool:
+def _is_seen(expected: Run, mode: str, delays=None, prepared=lambda run: None) -> bool:
     """Whether a run with a wait removed shows it: by other bits, or by torch's own look at versions.
 
     A slot may be overwritten at the very moment at which autograd saves a view of it; torch then raises.
     """
     try:
-        assert_same_bits(run(mode, delays), expected)
+        assert_same_bits(run(mode, delays, prepared), expected)
     except AssertionError:
         return True
     except RuntimeError as error:
@@ -81,7 +98,12 @@ def _is_seen(expected: Run, mode: str, delays=None) -> bool:
 
 def test_computing_before_the_copy_has_landed_is_seen(undisturbed, monkeypatch):
     monkeypatch.setattr(Handle, "wait_stream", lambda self: None)
-    assert _is_seen(undisturbed["deferred"], "deferred", {"h2d": steady(0.01)})
+    gate = Gate("fetch of model.layers.5")  # until all layers have run
+
+    def prepared(run):
+        run.model.model.norm.register_forward_pre_hook(gate.open)
+
+    assert _is_seen(undisturbed["deferred"], "deferred", {"h2d": gate}, prepared)
 
 
 def test_fetching_before_the_update_is_seen(undisturbed, monkeypatch):
@@ -93,7 +115,17 @@ def test_fetching_before_the_update_is_seen(undisturbed, monkeypatch):
         )
 
     monkeypatch.setattr(pool.Lane, "submit", submit)
-    assert _is_seen(undisturbed["deferred"], "deferred", {"update": steady(0.02)})
+    gate = Gate("update of model.layers.5")  # until the next forward has used the layer
+    forwards = itertools.count()
+
+    def after_the_first(*_):
+        if next(forwards):
+            gate.open()
+
+    def prepared(run):
+        run.model.model.norm.register_forward_pre_hook(after_the_first)
+
+    assert _is_seen(undisturbed["deferred"], "deferred", {"update": gate}, prepared)
 
 
 def test_overwriting_a_slot_in_use_is_seen(undisturbed, monkeypatch):
@@ -106,7 +138,14 @@ def test_overwriting_a_slot_in_use_is_seen(undisturbed, monkeypatch):
 
 def test_using_gradients_before_they_have_landed_is_seen(undisturbed, monkeypatch):
     monkeypatch.setattr(Handle, "wait_host", lambda self: None)
-    assert _is_seen(undisturbed["deferred"], "deferred", {"d2h": steady(0.01)})
+    gate = Gate("gradients of model.layers.0")  # until the layer's update has run: the next one begins
+
+    def update(label):
+        if label == "update of model.layers.1":
+            gate.open()
+        return 0.0
+
+    assert _is_seen(undisturbed["deferred"], "deferred", {"d2h": gate, "update": update})
 
 
 def test_dropping_the_pending_update_is_seen(undisturbed, monkeypatch):
