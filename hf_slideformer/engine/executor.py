@@ -34,13 +34,13 @@ from ..memory.layout import UnitLayout
 from ..memory.manager import UnitMemory
 from ..memory.offload import OffloadedTensor, TensorOffload
 from ..memory.pinned import HostBuffer
-from ..memory.pool import Lease, SlotPool, refuse_gradient
+from ..memory.pool import Lease, SlotPool
 from ..memory.transfer import Handle
 from ..optim.state import ParamState
 from .arguments import containers_changed, flatten, without_caches
 from .captured import captured, captured_lengths
 from .layer_state import LayerSnapshot, LayerState
-from .leaks import check_no_leaks
+from .leaks import check_no_leaks, guard_leaf
 from .recompute import SavedActivations
 from .replaced import ReplacedMethod
 from .schedule import Tape, after_backward, after_forward
@@ -267,6 +267,8 @@ class Executor:
         saving = call.saved.keeping(lease.buffer) if call.keeps else call.saved.recording()
         try:
             call.leaves = lease.leaves
+            for leaf in call.leaves:
+                guard_leaf(leaf)
             with bound(unit, lease), call.ambient.autocast(), torch.enable_grad(), saving:
                 args, kwargs = call.arguments()
                 output = unit.original_forward(*args, **kwargs)
@@ -531,8 +533,7 @@ _TENSOR = object()  # stands for a tensor in a flattened structure
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
     leaf = tensor.detach().requires_grad_(tensor.requires_grad)
-    if leaf.requires_grad:
-        leaf.register_post_accumulate_grad_hook(refuse_gradient)
+    guard_leaf(leaf)
     return leaf
 
 

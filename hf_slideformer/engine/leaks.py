@@ -1,4 +1,4 @@
-"""Tensors with a gradient that reach a layer past its arguments.
+"""Tensors with a gradient that reach a layer past its arguments, or leave it past its outputs.
 
 A layer's own graph is differentiated alone, towards its arguments and its parameters. What the layer takes from
 somewhere else (an attribute that the model sets before the call, an object among the arguments that nobody can look
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.autograd.graph import GradientEdge
 
-from ..errors import UnsupportedModelError
+from ..errors import StateError, UnsupportedModelError
 
 
 def check_no_leaks(
@@ -49,6 +49,24 @@ def check_no_leaks(
             if following is not None and following not in seen:
                 seen.add(following)
                 waiting.append(following)
+
+
+def guard_leaf(leaf: torch.Tensor) -> None:
+    """Have a stand-in for a layer's input or weight refuse to be filled with a gradient (once).
+
+    A layer is differentiated towards such leaves, which fills no gradient of theirs. Only a graph outside does that.
+    """
+    if leaf.requires_grad and not leaf._post_accumulate_grad_hooks:
+        leaf.register_post_accumulate_grad_hook(_refuse_gradient)
+
+
+def _refuse_gradient(leaf: torch.Tensor) -> None:
+    leaf.grad = None
+    raise StateError(
+        f"a weight or an input of a streamed layer (shape {tuple(leaf.shape)}) was taken out of the layer, by a hook "
+        "inside it perhaps, and used in the loss; its gradient would be lost. Use the model's own parameter or the "
+        "layer's input before the layer, detach what is taken out, or use plain Trainer"
+    )
 
 
 def _described(node: torch.autograd.graph.Node) -> str:

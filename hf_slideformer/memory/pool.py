@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from ..errors import StateError
 from ..metrics import Metrics
 from .disk_state import Loan, lent
 from .layout import UnitLayout
@@ -95,19 +94,6 @@ class Lease:
         """End the lease; the slot may be overwritten once what the current stream was given is done."""
         if self._pool is not None and self._slot is not None:
             self._pool._release(self._slot, self._round)
-
-
-def refuse_gradient(leaf: torch.Tensor) -> None:
-    """Raise `StateError`: a tensor that stands in for another inside of a layer got a gradient that would stay there.
-
-    A layer is differentiated towards such leaves, which fills no gradient of theirs. Only a graph outside does that.
-    """
-    leaf.grad = None
-    raise StateError(
-        f"a weight or an input of a streamed layer (shape {tuple(leaf.shape)}) was taken out of the layer, by a hook "
-        "inside it perhaps, and used in the loss; its gradient would be lost. Use the model's own parameter or the "
-        "layer's input before the layer, detach what is taken out, or use plain Trainer"
-    )
 
 
 class SlotPool:
@@ -270,9 +256,6 @@ class SlotPool:
                     view = slot.buffer[segment.weight_offset : segment.weight_offset + nbytes].view(
                         spec.dtype
                     )
-                    leaf = torch.nn.Parameter(view.view(spec.shape), requires_grad=spec.trainable)
-                    if spec.trainable:
-                        leaf.register_post_accumulate_grad_hook(refuse_gradient)
-                    leaves.append(leaf)
+                    leaves.append(torch.nn.Parameter(view.view(spec.shape), requires_grad=spec.trainable))
             slot.leaves[layout] = leaves
         return leaves

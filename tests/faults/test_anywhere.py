@@ -57,7 +57,7 @@ CALLED = [
     (gradients, "set_gradient"),
     (gradients.Gradients, "begin_unit"),
     (gradients.Gradients, "push"),
-    (gradients.Gradients, "_finish"),
+    (gradients.Gradients, "finish"),
     (gradients.Gradients, "_assign"),
     (gradients.Gradients, "_copy"),
     (gradients.Gradients, "_copy_staged"),
