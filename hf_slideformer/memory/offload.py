@@ -73,7 +73,8 @@ class TensorOffload:
         # Free buffers, with the handle of the copy that read them last.
         self._free: list[tuple[HostBuffer, Handle]] = []
         self._leaving: collections.deque[tuple[Handle, torch.Tensor, int, str]] = collections.deque()
-        self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle]] = {}
+        # What is on its way back. The buffer is held too: whoever it was to be for may be gone before the copy is done.
+        self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle, HostBuffer | None]] = {}
         self.host_bytes = 0
 
     def store(
@@ -122,7 +123,7 @@ class TensorOffload:
         key = weakref.ref(parked)
         if key in self._coming:
             return self._coming[key][1]
-        for other, (_, handle) in list(self._coming.items()):
+        for other, (_, handle, _) in list(self._coming.items()):
             if other() is None and handle.is_complete:  # of a backward that never came to it
                 del self._coming[other]
         target = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
@@ -137,7 +138,7 @@ class TensorOffload:
             )
             if loan is not None:
                 loan.give_back(after=handle)
-        self._coming[key] = (target, handle)
+        self._coming[key] = (target, handle, parked.buffer)
         self._metrics.add("h2d_bytes", target.nbytes)
         return handle
 
@@ -145,7 +146,7 @@ class TensorOffload:
         """The tensor on the device again; the current stream waits for it, and its place is free."""
         self.fetch(parked)
         key = weakref.ref(parked)
-        target, handle = self._coming[key]
+        target, handle, _ = self._coming[key]
         try:
             handle.wait_stream()
         except Exception:
@@ -167,7 +168,7 @@ class TensorOffload:
         """Forget what is on its way, once nothing reads or writes it."""
         for handle in [
             *(entry[0] for entry in self._leaving),
-            *(handle for _, handle in self._coming.values()),
+            *(handle for _, handle, _ in self._coming.values()),
         ]:
             handle.settle()
         self._leaving.clear()

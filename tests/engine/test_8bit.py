@@ -14,8 +14,8 @@ from slideformer_kernels.scalars import adamw_scalars
 
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.config import _CHOICES
-from hf_slideformer.engine import gradients
 from hf_slideformer.errors import CheckpointError, StateError
+from hf_slideformer.memory import staging
 from hf_slideformer.memory.layout import (
     ALIGN_ELEMENTS,
     EIGHT_BIT_MOMENTS,
@@ -25,6 +25,7 @@ from hf_slideformer.memory.layout import (
     lay_out,
 )
 from hf_slideformer.memory.manager import UnitMemory
+from hf_slideformer.memory.pinned import HostBuffer
 from hf_slideformer.optim.state import Hyperparams, ParamState, plan_runs
 
 from .loop import (
@@ -62,7 +63,7 @@ def config(states: str = "8bit", **settings) -> SlideConfig:
     return SlideConfig(optimizer_states=states, **settings)
 
 
-class PoisonedBuffer(gradients.HostBuffer):
+class PoisonedBuffer(HostBuffer):
     """Memory that begins as NaN, in bf16 and in fp32."""
 
     def __init__(self, nbytes, *, pin=False):
@@ -73,7 +74,7 @@ class PoisonedBuffer(gradients.HostBuffer):
 @pytest.fixture
 def prepare_poisoned(monkeypatch):
     """As `prepare`, with NaN (or the largest codes) wherever no parameter lies in the buffers of units."""
-    monkeypatch.setattr(gradients, "HostBuffer", PoisonedBuffer)
+    monkeypatch.setattr(staging, "HostBuffer", PoisonedBuffer)
 
     def prepare_(*args, **kwargs) -> Run:
         run = prepare(*args, **kwargs)

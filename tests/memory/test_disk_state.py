@@ -123,6 +123,21 @@ def test_a_loan_comes_back_when_the_copy_cannot_be_arranged(state, lane):
     following.give_back()
 
 
+def test_what_is_given_back_to_be_written_is_read_first(tmp_path, failures):
+    gate = threading.Event()
+    store = DiskStore(
+        [str(tmp_path)], metrics=Metrics(), threads=1, delay_s=lambda _: 0.0 if gate.wait(20) else 1.0
+    )
+    state = DiskState(store, {0: NBYTES}, frozenset(), failures.append)
+    desk = state.open_desk("test", 1, NBYTES)
+    loan = desk.borrow(0)
+    threading.Timer(0.1, gate.set).start()
+    loan.give_back(write=True)
+    assert gate.is_set()
+    assert _use(desk, 0) == 0
+    state.close()
+
+
 def test_without_a_file_nothing_is_lent(lane):
     with lent(None, lane) as loan:
         assert loan is None

@@ -2,13 +2,16 @@
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
 
 from hf_slideformer.errors import StateError, TransferError
+from hf_slideformer.memory import streams
 from hf_slideformer.memory.offload import TensorOffload
-from hf_slideformer.memory.transfer import Lane
+from hf_slideformer.memory.pinned import HostBuffer
+from hf_slideformer.memory.transfer import Handle, Lane
 from hf_slideformer.metrics import Metrics
 
 CPU = torch.device("cpu")
@@ -105,6 +108,37 @@ def test_a_change_in_place_on_the_way_is_refused(offload):
     tensor.add_(1)
     with pytest.raises(StateError, match="input of layer 3 was changed in place"):
         store.settle()
+
+
+def test_a_buffer_that_is_outgrown_is_read_before_it_is_let_go_of(offload):
+    store, _ = offload()
+    read = Handle("copy to the device")
+    store._free.append((HostBuffer(4096), read))
+    thread = threading.Thread(target=store.store, args=("unit", torch.randn(4096)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive()
+    read.complete()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_buffer_lives_until_the_copy_from_it_is_done(offload, monkeypatch):
+    """Also where the tensor that it was for is gone by then, and its place outgrown."""
+    store, _ = offload()
+    parked = store.store("unit", torch.randn(1024))
+    buffer = weakref.ref(parked.buffer)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams.CpuEvent, "query", lambda self: False)  # late
+        store.fetch(parked).wait_host()
+        store._to_device.submit("the lane has let go of it", lambda: None).wait_host()
+        del parked
+        gc.collect()
+        other = store.store("unit", torch.randn(4096))
+        store.fetch(other)
+        assert buffer() is not None
+    store.fetch(store.store("unit", torch.randn(4096)))
+    assert buffer() is None
 
 
 def test_a_failed_copy_is_raised_where_the_tensor_is_needed(offload):

@@ -139,11 +139,11 @@ class _LeftOut(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if _records(node) and self._is_it(node, ast.unparse(node)):
             return ast.parse(f"__import__('{__name__}', fromlist=['']).never_recorded()", mode="eval").body
-        node.keywords = [
-            keyword
-            for keyword in node.keywords
-            if not (keyword.arg and self._is_it(keyword.value, f"{keyword.arg}={ast.unparse(keyword.value)}"))
-        ]
+        for keyword in node.keywords:
+            if keyword.arg and self._is_it(keyword.value, f"{keyword.arg}={ast.unparse(keyword.value)}"):
+                many = ast.unparse(node.func).endswith(("submit", "_copy", "UnitUpdate"))
+                nothing = ast.Tuple([], ast.Load()) if many else ast.Constant(None)
+                keyword.value = ast.copy_location(nothing, keyword.value)
         return self.generic_visit(node)
 
 
@@ -276,6 +276,7 @@ _TESTS = [
     "tests/stress/test_order.py",
     "tests/memory/test_disk.py",
     "tests/faults/test_anywhere.py",
+    "tests/engine/test_activations.py",
     "tests/engine/test_disk.py",
     "tests/checkpoint/test_overlap.py",
     "tests/trainer/test_plain_loops.py",
