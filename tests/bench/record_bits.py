@@ -1,22 +1,29 @@
 #!/usr/bin/env python
 """Does a change of the code change any bit of training? Records a fixed list of runs, or compares with a record.
 
-Each run trains a tiny random model on seeded tokens through the public names only, so the script runs on both sides of
-a rewrite of the engine: losses, gradient norms, and a checksum of every weight and of all optimizer state.
+Each run trains a tiny random model on seeded tokens through public names (and the planner's data), so the script runs
+on both sides of a rewrite of the engine: losses, gradient norms, and a checksum of every weight and of all optimizer
+state. Where state lives is decided here for some runs, in the planner's place. Resumed runs can begin with checkpoints
+that the other side has written.
 
 Examples:
-    python tests/bench/record_bits.py --out before.json
+    python tests/bench/record_bits.py --out before.json --checkpoints before
     python tests/bench/record_bits.py --against before.json
+    python tests/bench/record_bits.py --against before.json --checkpoints before
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
 
@@ -25,6 +32,8 @@ import transformers
 from transformers import TrainingArguments
 
 from hf_slideformer import SlideTrainer
+from hf_slideformer.planner.plan import describe
+from hf_slideformer.planner.workload import Decisions
 
 _WIDTHS = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _DECODER = {
@@ -59,8 +68,22 @@ MODELS = {
     ),
 }
 
-# Of each run: settings of SlideConfig, and what else differs from a bf16 run of a llama that came in as fp32, clipped.
-# "{dir}" is a new directory. The sizes of a GPU, which RAM stands in for on the CPU, make units resident, or some.
+_DISK = {"slide": {"nvme_dir": "{dir}"}}
+_ON_DISK = {"on_disk": (1, 2, 3), "disk_buffers": 2}
+_WHOLE_ON_DISK = _ON_DISK | {"weights_on_disk": (2, 3)}
+_MIXED = {
+    "resident": (0,),
+    "outside_state": "RAM",
+    "activations": ("keep", "offload", "recompute", "keep"),
+    "on_disk": (2, 3),
+    "weights_on_disk": (3,),
+    "disk_buffers": 1,
+}
+_ACCUMULATE = {"gradient_accumulation_steps": 3}
+_UNCLIPPED = {"max_grad_norm": 0.0}
+
+# Of each run: settings of SlideConfig, what the plan is to decide (`place`, otherwise the planner's own), and what else
+# differs from a bf16 run of a llama that came in as fp32, clipped. "{dir}" is a new directory.
 RUNS: dict[str, dict[str, Any]] = {
     "streamed": {},
     "fp32": {"bf16": False},
@@ -68,24 +91,46 @@ RUNS: dict[str, dict[str, Any]] = {
     "offloaded": {"slide": {"activations": "offload"}},
     "kept": {"slide": {"activations": "keep"}},
     "a large GPU": {"slide": {"gpu_memory": "1GiB"}},
-    "a small GPU": {"slide": {"gpu_memory": "900KiB"}},
-    "accumulation": {"args": {"gradient_accumulation_steps": 3}},
-    "accumulation in fp32": {"bf16": False, "args": {"gradient_accumulation_steps": 3}},
-    "overlapped": {"args": {"max_grad_norm": 0.0}},
-    "deferred, unclipped": {"slide": {"update": "deferred"}, "args": {"max_grad_norm": 0.0}},
+    "accumulation": {"args": _ACCUMULATE},
+    "accumulation in fp32": {"bf16": False, "args": _ACCUMULATE},
+    "overlapped": {"args": _UNCLIPPED},
+    "deferred, unclipped": {"slide": {"update": "deferred"}, "args": _UNCLIPPED},
     "8-bit": {"slide": {"optimizer_states": "8bit"}},
-    "disk": {"slide": {"nvme_dir": "{dir}", "cpu_memory": "2MiB"}},
-    "disk, accumulation": {
-        "slide": {"nvme_dir": "{dir}", "cpu_memory": "2MiB"},
-        "args": {"gradient_accumulation_steps": 2},
-    },
+    "resident": {"place": {"resident": (0, 1, 2, 3)}},
+    "half resident, accumulation": {"place": {"resident": (0, 1)}, "args": _ACCUMULATE},
+    "half resident, overlapped": {"place": {"resident": (0, 1)}, "args": _UNCLIPPED},
+    "half resident, 8-bit": {"place": {"resident": (0, 1)}, "slide": {"optimizer_states": "8bit"}},
+    "outside in RAM": {"place": {"outside_state": "RAM"}},
+    "outside in RAM, accumulation": {"place": {"outside_state": "RAM"}, "args": _ACCUMULATE},
+    "outside in RAM, overlapped": {"place": {"outside_state": "RAM"}, "args": _UNCLIPPED},
+    "disk": _DISK | {"place": _ON_DISK},
+    "disk, fp32": _DISK | {"place": _ON_DISK, "bf16": False},
+    "disk, accumulation": _DISK | {"place": _ON_DISK, "args": _ACCUMULATE},
+    "disk, overlapped": _DISK | {"place": _ON_DISK, "args": _UNCLIPPED},
+    "disk, 8-bit": {"place": _ON_DISK, "slide": {"nvme_dir": "{dir}", "optimizer_states": "8bit"}},
+    "weights on disk": _DISK | {"place": _WHOLE_ON_DISK | {"activations": ("offload",) * 4}},
+    "weights on disk, accumulation": _DISK | {"place": _WHOLE_ON_DISK, "args": _ACCUMULATE},
+    "weights on disk, overlapped": _DISK | {"place": _WHOLE_ON_DISK, "args": _UNCLIPPED},
+    "everywhere": _DISK | {"place": _MIXED},
+    "everywhere, accumulation": _DISK | {"place": _MIXED, "args": _ACCUMULATE},
+    "everywhere, overlapped": _DISK | {"place": _MIXED, "args": _UNCLIPPED},
     "LoRA": {"lora": True},
+    "LoRA everywhere": _DISK | {"lora": True, "place": _MIXED},
     "mixture of experts": {"model": "mixtral"},
-    "mixture of experts, small GPU": {"model": "mixtral", "slide": {"gpu_memory": "1500KiB"}},
+    "mixture of experts everywhere": _DISK | {"model": "mixtral", "place": _MIXED},
     "encoder-decoder": {"model": "t5"},
     "encoder-decoder, fp32": {"model": "t5", "bf16": False},
+    "encoder-decoder everywhere": _DISK | {"model": "t5", "place": _MIXED},
     "resumed": {"resume": True},
     "resumed, 8-bit": {"resume": True, "slide": {"optimizer_states": "8bit"}},
+    "resumed, LoRA": {"resume": True, "lora": True},
+    "resumed, mixture of experts": {"resume": True, "model": "mixtral"},
+    "resumed everywhere": _DISK | {"resume": True, "place": _MIXED},
+    "resumed everywhere, saved beside training": {
+        "resume": True,
+        "place": _MIXED,
+        "slide": {"nvme_dir": "{dir}", "saving": "overlapped"},
+    },
 }
 STEPS = 4
 
@@ -96,9 +141,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the record here")
     parser.add_argument("--against", type=Path, help="compare with this record")
     parser.add_argument("--runs", nargs="+", default=list(RUNS), metavar="NAME", help="instead of all")
+    parser.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="resume from what is here; written if there is none"
+    )
     arguments = parser.parse_args(argv)
     torch.use_deterministic_algorithms(True)
-    found = {name: record(**RUNS[name]) for name in arguments.runs}
+    found = {name: record(**RUNS[name], saved=_place_of(arguments, name)) for name in arguments.runs}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.against is None:
@@ -111,6 +159,11 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if differs else 0
 
 
+def _place_of(arguments: argparse.Namespace, name: str) -> Path | None:
+    kept = arguments.checkpoints is not None and RUNS[name].get("resume")
+    return arguments.checkpoints / name.replace(" ", "-").replace(",", "") if kept else None
+
+
 def record(
     *,
     model: str = "llama",
@@ -120,16 +173,26 @@ def record(
     args: dict[str, Any] | None = None,
     lora: bool = False,
     resume: bool = False,
+    place: dict[str, Any] | None = None,
+    saved: Path | None = None,
 ) -> dict[str, Any]:
-    """Losses, norms and checksums of one run; see `RUNS`."""
-    with tempfile.TemporaryDirectory() as directory:
+    """Losses, norms and checksums of one run; see `RUNS`. `saved` has its first half's checkpoint, or will have it."""
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(tempfile.TemporaryDirectory())
+        if place is not None:
+            solve = functools.partial(_decided, place)
+            stack.enter_context(mock.patch("hf_slideformer.engine.planning.solve", solve))
         settings = {key: directory if value == "{dir}" else value for key, value in (slide or {}).items()}
         common = {"output_dir": directory, "bf16": bf16, "slide": settings, "args": args or {}}
         trainer = _trainer(_model(model, dtype, lora), **common, steps=STEPS)
-        if resume:
+        if resume and (saved is None or not saved.exists()):
             trainer = _trainer(_model(model, dtype, lora), **common, steps=STEPS // 2)
             trainer.train()
+            if saved is not None:
+                shutil.copytree(Path(directory, f"checkpoint-{STEPS // 2}"), saved)
             trainer = _trainer(_model(model, dtype, lora), **common, steps=STEPS)
+        elif saved is not None:
+            shutil.copytree(saved, Path(directory, f"checkpoint-{STEPS // 2}"))
         trainer.train(resume_from_checkpoint=resume or None)
         logged = [row for row in trainer.state.log_history if "loss" in row]
         weights = trainer.accelerator.get_state_dict(trainer.model)
@@ -144,6 +207,22 @@ def record(
                 for name, value in entries.items()
             },
         }
+
+
+def _decided(
+    place: dict[str, Any], workload: Any, _hardware: Any, budgets: Any, *, notes: Any, **_: Any
+) -> Any:
+    """Stands in for the planner."""
+    units = len(workload.layouts)
+    known = {
+        "resident": (),
+        "activations": ("recompute",) * units,
+        "slots": 2,
+        "staging_buffers": workload.staging_buffers(
+            units - len(place.get("resident", ())), to_disk=bool(place.get("weights_on_disk"))
+        ),
+    }
+    return describe(workload, Decisions(**known | place), budgets=budgets, notes=notes)
 
 
 def _model(name: str, dtype: str, lora: bool) -> torch.nn.Module:
