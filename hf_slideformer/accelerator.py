@@ -25,8 +25,8 @@ from . import compatibility
 from .checkpoint import (
     LOCK_FILE,
     OPTIMIZER_FOLDER,
+    CheckpointCalls,
     DirectoryLock,
-    FileOps,
     NewCheckpoint,
     SavedCheckpoint,
     SavedOptimizer,
@@ -44,11 +44,16 @@ from .checkpoint import (
     weight_bytes,
 )
 from .config import SlideConfig
-from .engine.batch_shape import BatchShape, find_batch_shape, max_positions
-from .engine.clipping import clip_grad_norm_
 from .engine.engine import SlideEngine, engine_of, engines_of
+from .engine.model.batch_shape import BatchShape, find_batch_shape, max_positions
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
-from .errors import CheckpointError, DiskError, StateError, UnsupportedModelError
+from .engine.state.clipping import clip_grad_norm_
+from .errors import (
+    CheckpointError,
+    DiskError,
+    StateError,
+    UnsupportedModelError,
+)
 from .optim import SlideAdamW
 
 logger = logging.getLogger(__name__)
@@ -352,7 +357,7 @@ class SlideAccelerator(Accelerator):
         return prepared
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> torch.Tensor | None:
-        """The global gradient norm before clipping; see `hf_slideformer.engine.clipping.clip_grad_norm_`."""
+        """The global gradient norm before clipping; see `hf_slideformer.engine.state.clipping.clip_grad_norm_`."""
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         engines = dict.fromkeys(filter(None, map(engine_of, self._models)))
         used = [engine.clipping for engine in engines if any(map(engine.owns, parameters))]
@@ -406,7 +411,7 @@ class SlideAccelerator(Accelerator):
 
     # -- saving and loading everything -----------------------------------------------------------------------
 
-    _slide_files = FileOps()
+    _slide_files = CheckpointCalls()
     _slide_streams_weights = False
     _optimizers: list[Any]
 

@@ -20,16 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .config import SlideConfig, parse_bytes
-from .errors import ConfigError, PlanError, SlideFormerError, UnsupportedModelError
+from .errors import (
+    ConfigError,
+    PlanError,
+    SlideFormerError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .engine.batch_shape import BatchShape
-    from .engine.blueprint import Blueprint
+    from .engine.model.batch_shape import BatchShape
+    from .engine.model.blueprint import Blueprint
     from .engine.planning import Planned
-    from .hardware import Hardware
+    from .machine.hardware import Hardware
     from .planner.plan import Plan
     from .planner.workload import Budgets, Workload
 
@@ -279,7 +284,7 @@ class _Asked:
     @property
     def liger(self) -> dict[str, bool] | None:
         """What Trainer would hand to Liger Kernel: our loss head is used where it can be."""
-        from .engine.loss import liger_settings
+        from .engine.model.head import liger_settings
 
         if not self.training.liger:
             return None
@@ -290,9 +295,9 @@ class _Asked:
         import torch
         from transformers.utils import is_liger_kernel_available
 
-        from .engine.batch_shape import DEFAULT_SEQ_LEN, BatchShape, max_positions
-        from .engine.blueprint import Blueprint
-        from .engine.model_source import load_config, model_without_data
+        from .engine.model.batch_shape import DEFAULT_SEQ_LEN, BatchShape, max_positions
+        from .engine.model.blueprint import Blueprint
+        from .engine.model.source import load_config, model_without_data
 
         hardware, budgets, notes = _machine(options.hardware, training)
         trust = options.trust_remote_code
@@ -398,8 +403,8 @@ def _machine(name: str | None, training: _Training) -> tuple[Hardware, Budgets, 
     import torch
 
     from .engine.planning import find_budgets
+    from .machine.probe import hardware_of_this_machine, named_hardware
     from .planner.workload import Budgets
-    from .probe import hardware_of_this_machine, named_hardware
 
     notes = list[str]()
     if name is not None:
@@ -506,8 +511,8 @@ def _add_probe(subcommands: argparse._SubParsersAction) -> None:
 def _probe(options: argparse.Namespace) -> int:
     import torch
 
-    from .hardware import cache_hardware, cached_hardware
-    from .probe import probe
+    from .machine.hardware import cache_hardware, cached_hardware
+    from .machine.probe import probe
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kept = None

@@ -25,12 +25,13 @@ from . import compatibility
 from .accelerator import SlideAccelerator
 from .checkpoint import check_free_space
 from .config import SlideConfig
-from .engine.blueprint import Blueprint
 from .engine.engine import SlideEngine, engine_of
-from .engine.follow import follow
-from .engine.loss import DeferredLogits, liger_settings
+from .engine.model.blueprint import Blueprint
+from .engine.model.head import liger_settings
+from .engine.model.units import check_has_data
 from .engine.planning import Planned, plan_for
-from .engine.units import check_has_data
+from .engine.reference_model import follow
+from .engine.run.deferred_logits import DeferredLogits
 from .errors import ConfigError, SlideFormerError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideAdamW

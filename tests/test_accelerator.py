@@ -15,7 +15,12 @@ from hf_slideformer import SlideAccelerator, SlideConfig, SlideFormerPlugin
 from hf_slideformer.accelerator import check_environment
 from hf_slideformer.config import CONFIG_VARIABLE
 from hf_slideformer.engine.engine import engine_of
-from hf_slideformer.errors import ConfigError, PlanError, StateError, UnsupportedModelError
+from hf_slideformer.errors import (
+    ConfigError,
+    PlanError,
+    StateError,
+    UnsupportedModelError,
+)
 from tests.trainer import runs
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate_state")

@@ -12,9 +12,9 @@ import torch
 from slideformer_kernels import build
 
 from hf_slideformer import cli, errors
-from hf_slideformer import probe as probe_module
-from hf_slideformer.hardware import Hardware
-from hf_slideformer.planner.presets import PRESETS
+from hf_slideformer.machine import probe as probe_module
+from hf_slideformer.machine.hardware import Hardware
+from hf_slideformer.machine.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

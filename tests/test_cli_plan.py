@@ -15,11 +15,11 @@ import transformers
 
 from hf_slideformer import cli
 from hf_slideformer.config import parse_bytes
-from hf_slideformer.engine import profile
-from hf_slideformer.engine.model_source import load_config, model_without_data
+from hf_slideformer.engine.model.source import load_config, model_without_data
+from hf_slideformer.engine.profiling import trace as profile
+from hf_slideformer.machine.presets import PRESETS
 from hf_slideformer.planner import solve
 from hf_slideformer.planner.plan import format_bytes
-from hf_slideformer.planner.presets import PRESETS
 from tests.parity import models
 
 ROOT = Path(__file__).parent.parent

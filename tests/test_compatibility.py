@@ -12,8 +12,19 @@ import pytest
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_slideformer
-from hf_slideformer import SlideAccelerator, SlideTrainer, UnsupportedVersionError, compatibility
-from hf_slideformer.compatibility import GROUPS, SUPPORTED, TRAINER, Member, check
+from hf_slideformer import (
+    SlideAccelerator,
+    SlideTrainer,
+    UnsupportedVersionError,
+    compatibility,
+)
+from hf_slideformer.compatibility import (
+    GROUPS,
+    SUPPORTED,
+    TRAINER,
+    Member,
+    check,
+)
 from hf_slideformer.trainer import SlideTrainerMixin
 from hf_slideformer.trainer_checkpoints import CheckpointMixin, _reads_saved
 from tests.engine.loop import prepare, tiny_llama
@@ -122,7 +133,7 @@ def test_a_model_is_refused_where_recorded_outputs_would_lose_their_gradients(mo
 def test_recorders_that_keep_outputs_in_another_way_are_noticed():
     from transformers.utils.output_capturing import _active_collector
 
-    from hf_slideformer.engine.captured import captured
+    from hf_slideformer.engine.run.recorders import captured
 
     token = _active_collector.set({"router_logits": [1], "_hidden_states_layers": {0}})
     assert captured() == {"router_logits": [1]}

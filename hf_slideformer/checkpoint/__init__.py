@@ -11,9 +11,14 @@ from .directory import (
     names_of,
     remove_checkpoint,
 )
-from .files import FileOps, Writer
+from .files import CheckpointCalls, Writer
 from .lock import LOCK_FILE, DirectoryLock
-from .optimizer import OPTIMIZER_FOLDER, SavedOptimizer, optimizer_bytes, save_optimizer
+from .optimizer import (
+    OPTIMIZER_FOLDER,
+    SavedOptimizer,
+    optimizer_bytes,
+    save_optimizer,
+)
 from .tensors import TensorFiles
 from .weights import (
     SavedWeights,
@@ -32,7 +37,7 @@ __all__ = [
     "LOCK_FILE",
     "OPTIMIZER_FOLDER",
     "DirectoryLock",
-    "FileOps",
+    "CheckpointCalls",
     "Manifest",
     "NewCheckpoint",
     "SavePretrained",

@@ -17,7 +17,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError, DiskError
-from .files import FileOps, FileRecord, FileVersion, Reader, Writer, check_size, file_version, gib
+from .files import (
+    CheckpointCalls,
+    FileRecord,
+    FileVersion,
+    Reader,
+    Writer,
+    check_size,
+    file_version,
+    gib,
+)
 from .lock import LOCK_FILE
 from .tensors import TensorFiles
 
@@ -40,7 +49,7 @@ _STATE_FILE = re.compile(
 _SLACK_BYTES = 64 * 2**20
 
 
-def clean_up(directory: Path, files: FileOps, names: re.Pattern[str] = _CHECKPOINT) -> None:
+def clean_up(directory: Path, files: CheckpointCalls, names: re.Pattern[str] = _CHECKPOINT) -> None:
     """Remove what saves and removals of a killed run left in `directory`, and undo a replacement that was cut off.
 
     Args:
@@ -65,7 +74,7 @@ def clean_up(directory: Path, files: FileOps, names: re.Pattern[str] = _CHECKPOI
             files.remove_tree(path)
 
 
-def _is_confirmed(directory: Path, files: FileOps) -> bool:
+def _is_confirmed(directory: Path, files: CheckpointCalls) -> bool:
     """Whether renames in a directory are on the disk: until then what was replaced may be all that there is."""
     try:
         Writer(files).sync(directory)
@@ -99,7 +108,7 @@ def must_be_written_in_place(directory: Path) -> bool:
     return not found <= records.keys()
 
 
-def remove_checkpoint(path: Path, files: FileOps) -> None:
+def remove_checkpoint(path: Path, files: CheckpointCalls) -> None:
     """Remove a checkpoint; it is out of sight before the first file goes. Of a link only the link is removed.
 
     Raises:
@@ -118,7 +127,7 @@ def remove_checkpoint(path: Path, files: FileOps) -> None:
     files.remove_tree(hidden)
 
 
-def check_free_space(directory: Path, needed_bytes: int, files: FileOps) -> None:
+def check_free_space(directory: Path, needed_bytes: int, files: CheckpointCalls) -> None:
     """Raise `CheckpointError` unless a checkpoint of `needed_bytes` fits the file system of `directory`."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
@@ -162,7 +171,7 @@ class NewCheckpoint:
     def __init__(
         self,
         target: Path,
-        files: FileOps,
+        files: CheckpointCalls,
         needed_bytes: int,
         names: re.Pattern[str] = _CHECKPOINT,
         *,
@@ -457,7 +466,7 @@ class SavedCheckpoint:
         CheckpointError: it is not whole, or its format is newer than this version reads.
     """
 
-    def __init__(self, path: Path, files: FileOps) -> None:
+    def __init__(self, path: Path, files: CheckpointCalls) -> None:
         self.path = path
         self.files = files
         self.records = _read_manifest(path)

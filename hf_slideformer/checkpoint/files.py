@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, DiskError
-from ..planner.memory import CHECKPOINT_PIECE_BYTES
+from ..memory.limits import CHECKPOINT_PIECE_BYTES
 
 PIECE_BYTES = CHECKPOINT_PIECE_BYTES
 
 
-class FileOps:
+class CheckpointCalls:
     """The operating system's calls that checkpoints are made with; tests put faults and delays in their place."""
 
     def open(self, path: Path, flags: int) -> int:
@@ -104,7 +104,9 @@ def gib(nbytes: int) -> str:
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**24 else f"{nbytes:,} bytes"
 
 
-def disk_error(action: str, path: Path, error: OSError, *, files: FileOps, where: str = "") -> DiskError:
+def disk_error(
+    action: str, path: Path, error: OSError, *, files: CheckpointCalls, where: str = ""
+) -> DiskError:
     """The typed error of a call that failed, with what is free on the file system and what to do."""
     name = errno.errorcode.get(error.errno or 0, type(error).__name__)
     directory = path.parent
@@ -139,7 +141,7 @@ class Reader:
         CheckpointError: it has another size or checksum than expected, or ends early.
     """
 
-    def __init__(self, path: Path, files: FileOps, expected: FileRecord | None) -> None:
+    def __init__(self, path: Path, files: CheckpointCalls, expected: FileRecord | None) -> None:
         self.path = path
         self._files = files
         self._expected = expected
@@ -225,8 +227,8 @@ class Writer:
         files: the file layer.
     """
 
-    def __init__(self, files: FileOps | None = None) -> None:
-        self.files = files or FileOps()
+    def __init__(self, files: CheckpointCalls | None = None) -> None:
+        self.files = files or CheckpointCalls()
         self.records: dict[Path, FileRecord] = {}
         self._versions: dict[Path, FileVersion] = {}
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .files import FileOps, disk_error
+from .files import CheckpointCalls, disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class DirectoryLock:
                 return
             self._descriptor = self._acquire()
         except OSError as error:
-            raise disk_error("locking", self.file, error, files=FileOps()) from error
+            raise disk_error("locking", self.file, error, files=CheckpointCalls()) from error
         _held().add(self)
 
     def __enter__(self) -> DirectoryLock:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..engine.engine import SlideEngine
-from ..engine.held import HeldState
+from ..engine.state.snapshot import HeldState
 from ..errors import CheckpointError
 from ..memory.layout import MOMENT_FORMATS, moment_format_of
 from ..optim.adamw import SlideAdamW
@@ -25,7 +25,12 @@ from ..optim.state import ParamState
 from .directory import SavedCheckpoint
 from .files import Writer
 from .parameters import check_same_parameters, some_of
-from .tensors import TensorEntry, TensorFiles, TensorReader, pieces_of
+from .tensors import (
+    TensorEntry,
+    TensorFiles,
+    TensorReader,
+    pieces_of,
+)
 
 OPTIMIZER_FOLDER = "optimizer"
 INDEX_FILE = "index.json"

@@ -18,9 +18,14 @@ from typing import Any
 
 import torch
 
-from ..engine.held import HeldState
+from ..engine.state.snapshot import HeldState
 from ..errors import CheckpointError
-from .files import PIECE_BYTES, NewFile, Reader, Writer
+from .files import (
+    PIECE_BYTES,
+    NewFile,
+    Reader,
+    Writer,
+)
 
 _DTYPES = {
     "F64": torch.float64,

@@ -30,16 +30,22 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from ..engine.engine import SlideEngine
-from ..engine.held import HeldState
-from ..engine.model_source import without_data
-from ..engine.parameters import live_tensors
-from ..engine.replaced import ReplacedMethod
+from ..engine.model.source import without_data
+from ..engine.model.stand_ins import ReplacedMethod
+from ..engine.state.parameters import live_tensors
+from ..engine.state.snapshot import HeldState
+from ..memory.limits import CHECKPOINT_BATCH_BYTES
 from ..optim.state import ParamState
-from ..planner.memory import CHECKPOINT_BATCH_BYTES
 from .directory import SavedCheckpoint
 from .files import Writer
 from .parameters import check_same_parameters
-from .tensors import TensorEntry, TensorFiles, TensorReader, is_storable, pieces_of
+from .tensors import (
+    TensorEntry,
+    TensorFiles,
+    TensorReader,
+    is_storable,
+    pieces_of,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX_FILE = "model.safetensors.index.json"

@@ -1,6 +1,6 @@
 """`SlideEngine`: one model's streamed training state, from preparation to the last step.
 
-It makes the parts and says what comes after what: state in its place (`placed.py`), lanes and slots, the executor,
+It makes the parts and says what comes after what: state in its place (`placement.py`), lanes and slots, the executor,
 gradients, clipping (`clipping.py`), updates (`updates.py`), and the way to state for everyone else (`access.py`).
 
 Order of one step, with deferred updates:
@@ -32,39 +32,45 @@ from torch.utils.hooks import RemovableHandle
 
 from .. import compatibility
 from ..config import SlideConfig
-from ..errors import PlanError, SlideFormerError, StateError, UnsupportedModelError
-from ..hardware import available_ram_bytes, default_update_threads
+from ..errors import (
+    PlanError,
+    SlideFormerError,
+    StateError,
+    UnsupportedModelError,
+)
+from ..machine.hardware import available_ram_bytes, default_update_threads
 from ..memory.allocator import use_expandable_segments
-from ..memory.disk_state import DiskState
+from ..memory.buffers import PinBudget
+from ..memory.disk.desks import DiskState
 from ..memory.offload import TensorOffload
-from ..memory.pinned import PinBudget
 from ..memory.pool import SlotPool
+from ..memory.runtime import Failure
 from ..memory.staging import StagingBuffers
 from ..memory.transfer import Lane
+from ..memory.worker import UpdateWorker
 from ..metrics import Metrics
 from ..optim.adamw import SlideAdamW
-from ..optim.state import ParamState
-from ..optim.worker import UpdateWorker
+from ..optim.state import ParamState, set_gradient
 from ..planner.workload import Decisions
-from .access import StateAccess
-from .batch_shape import BatchShape
-from .blueprint import Blueprint
-from .checkpointing import LayerCheckpointing, callers_of
-from .clipping import Clipping, clip_grad_norm_
-from .executor import Executor, Unit, UnitForward, check_unchanged
-from .gradients import Gradients, set_gradient
-from .held import HeldState
-from .hooks import Hook
-from .leaving import watch_leaving
-from .loss import defer_logits
-from .on_disk import UnitsOnDisk
-from .outside import OutsideUpdates
-from .parameters import unguarded
-from .placed import PlacedState
+from .model.batch_shape import BatchShape
+from .model.blueprint import Blueprint
+from .model.stand_ins import Hook, ReplacedMethod
+from .model.units import check_has_data, check_no_hooks, find_units
 from .planning import find_budgets, plan_for
-from .replaced import ReplacedMethod
-from .units import check_has_data, check_no_hooks, find_units
-from .updates import Failure, Updates
+from .run.checkpointing import LayerCheckpointing, callers_of
+from .run.deferred_logits import defer_logits
+from .run.executor import Executor, UnitForward
+from .state.access import StateAccess
+from .state.beside_device import OutsideUpdates
+from .state.clipping import Clipping, clip_grad_norm_
+from .state.gradients import Gradients
+from .state.leaving import watch_leaving
+from .state.on_disk import UnitsOnDisk
+from .state.parameters import unguarded
+from .state.placement import PlacedState
+from .state.snapshot import HeldState
+from .state.unit import Unit, check_unchanged
+from .state.updates import Updates
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,18 @@ import torch
 from torch import nn
 
 from ..config import SlideConfig, parse_bytes
-from ..hardware import Hardware, available_gpu_bytes, available_ram_bytes
-from ..memory.disk import free_bytes
+from ..machine.hardware import Hardware, available_gpu_bytes, available_ram_bytes
+from ..machine.probe import hardware_of_this_machine
+from ..memory.disk.calls import free_bytes
 from ..memory.mappings import mapped_from_files
 from ..planner.plan import Plan, check_budgets, describe
 from ..planner.profile import ModelProfile
 from ..planner.solve import solve
 from ..planner.workload import Budgets, Decisions, Workload
-from ..probe import hardware_of_this_machine
-from .batch_shape import BatchShape
-from .blueprint import Blueprint
-from .profile import profile_model
-from .units import check_no_filled_cache
+from .model.batch_shape import BatchShape
+from .model.blueprint import Blueprint
+from .model.units import check_no_filled_cache
+from .profiling.trace import profile_model
 
 NOTHING_KNOWN_OF_BATCHES = (
     "every unit streams, because nothing is known of batches; prepare the data loader together with the model"

@@ -11,12 +11,11 @@ import torch
 
 from ..errors import StateError
 from ..metrics import Metrics
-from .disk_state import DiskCopy, DiskPlace, lent
-from .pinned import HostBuffer, Pin
+from .buffers import HostBuffer, Pin
+from .disk.desks import lent
+from .disk.inputs import DiskCopy, DiskPlace
+from .limits import COPIES_IN_FLIGHT
 from .transfer import Handle, Lane, compute_event
-
-# Tensors on their way to RAM before the compute stream waits for the oldest.
-_MAX_IN_FLIGHT = 2
 
 
 class OffloadedTensor:
@@ -114,7 +113,7 @@ class TensorOffload:
                 raise
         self._leaving.append((parked.stored, source, source._version, name))
         self._metrics.add("d2h_bytes", source.nbytes)
-        while len(self._leaving) > _MAX_IN_FLIGHT:
+        while len(self._leaving) > COPIES_IN_FLIGHT:
             self._land()
         return parked
 

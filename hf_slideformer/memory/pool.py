@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from ..metrics import Metrics
-from .disk_state import Loan, lent
+from .disk.desks import Loan, lent
 from .layout import UnitLayout
 from .streams import Event
 from .transfer import Handle, Lane, compute_event

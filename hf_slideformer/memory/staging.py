@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from ..errors import StateError
-from .pinned import HostBuffer, Pin
+from .buffers import HostBuffer, Pin
 
 
 class StagingBuffers:

@@ -19,7 +19,8 @@ from slideformer_kernels import (
 )
 from slideformer_kernels.scalars import AdamWScalars, adamw_scalars
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, StateError
+from ..memory.buffers import BufferView, HostBuffer
 from ..memory.layout import (
     ALIGN_ELEMENTS,
     EIGHT_BIT_MOMENTS,
@@ -29,9 +30,8 @@ from ..memory.layout import (
     Segment,
     moment_format_of,
 )
-from ..memory.manager import UnitMemory
-from ..memory.pinned import BufferView, HostBuffer
 from ..memory.transfer import Handle
+from ..memory.unit_memory import UnitMemory
 
 # By moment format, and whether the master is split.
 _KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
@@ -226,6 +226,20 @@ class ParamState:
             )
         for name, value in values.items():
             self.moments[name].copy_(value)
+
+
+def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
+    """Set `p.grad`, of another dtype than the parameter where it is an fp32 sum."""
+    allowed = getattr(state.param, "grad_dtype", state.param.dtype)
+    if grad.dtype != allowed:
+        if not hasattr(state.param, "grad_dtype"):
+            raise StateError(
+                f"a second gradient for {state.name} needs an fp32 sum, for which bf16 weights need torch >= 2.10; "
+                "upgrade torch, or make one backward per step"
+            )
+        state.param.grad = None
+        state.param.grad_dtype = grad.dtype
+    state.param.grad = grad
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,25 +20,31 @@ from typing import NamedTuple
 
 import torch
 
-from ..memory.disk_state import INPUT_BUFFERS
-from ..memory.layout import DiskLayout, MomentFormat, ParamSpec, UnitLayout, lay_out, lay_out_on_disk
+from ..memory.layout import (
+    DiskLayout,
+    MomentFormat,
+    ParamSpec,
+    UnitLayout,
+    lay_out,
+    lay_out_on_disk,
+)
+from ..memory.limits import (
+    BLOCK_BYTES,
+    CHECKPOINT_BATCH_BYTES,
+    CHECKPOINT_PIECE_BYTES,
+    COPIES_IN_FLIGHT,
+    INPUT_BUFFERS,
+    PAGE_BYTES,
+)
 from .workload import Budgets, Decisions, Workload
-
-# Blocks of torch's CUDA allocator, and pages of host buffers.
-_BLOCK_BYTES = 512
-_PAGE_BYTES = 4096
 
 # Workspaces that torch's allocator gives to cuBLAS at the first products of each thread that computes (the caller's and
 # autograd's): on a Hopper GPU 32 MiB each, and 1 MiB for cuBLASLt where a layer has a bias. Seen in the allocator's
 # history of Qwen2.5-3B (torch 2.11).
 CUBLAS_BYTES = 2 * (32 + 1) * 2**20
 
-# What a checkpoint's writer holds of a tensor on the GPU, and its reader of weights (`hf_slideformer.checkpoint`).
-CHECKPOINT_PIECE_BYTES = 16 * 2**20
-CHECKPOINT_BATCH_BYTES = 128 * 2**20
-
-# How many units' gradients, and how many offloaded inputs, may be on the GPU at once: one in use, two on their way.
-_MOVING = 3
+# How many units' gradients, and how many offloaded inputs, may be on the GPU at once: one in use, others on their way.
+_MOVING = 1 + COPIES_IN_FLIGHT
 
 # Kept free below the GPU's budget. Estimates: torch's allocator had 3 % to 8 % more reserved than allocated in our rows
 # of 2026-11-22, without expandable segments; kernels that are loaded at their first use take some hundred MiB of the
@@ -104,7 +110,7 @@ class MemoryModel:
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
-        self._block = _BLOCK_BYTES if workload.on_gpu else 1
+        self._block = BLOCK_BYTES if workload.on_gpu else 1
         layouts, moments = workload.layouts, workload.moments
         self._trainable = sum(
             segment.spec.trainable for layout in layouts for segment in layout.segments
@@ -517,7 +523,7 @@ def _source_bytes(specs: Sequence[ParamSpec]) -> int:
 
 
 def _pages(nbytes: int) -> int:
-    return -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def _moment_pages(layout: UnitLayout, moments: MomentFormat) -> int:

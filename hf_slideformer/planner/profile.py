@@ -1,7 +1,7 @@
 """Profile: what a model needs besides its parameters, for one shape of a micro-batch. Pure data.
 
-Bytes are those of an allocator that hands out blocks of 512 bytes. `hf_slideformer.engine.profile` makes a profile
-from a model's own code without running it.
+Bytes are those of an allocator that hands out blocks of 512 bytes. `engine/profiling/trace.py` makes a profile from a
+model's own code without running it.
 """
 
 from __future__ import annotations

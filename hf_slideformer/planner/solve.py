@@ -17,14 +17,30 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import PlanError
-from ..hardware import Hardware
+from ..machine.hardware import Hardware
+from ..machine.presets import disk_rates
 from ..memory.layout import EIGHT_BIT_MOMENTS
 from .memory import MemoryModel, missing_bytes
-from .plan import Plan, check_budgets, describe, format_bytes
-from .presets import disk_rates
+from .plan import (
+    Plan,
+    check_budgets,
+    describe,
+    format_bytes,
+)
 from .profile import ModelProfile
-from .timeline import Durations, predict, shortest_step_s, step_seconds
-from .workload import DEFAULT_SLOTS, MIN_SLOTS, Budgets, Decisions, Workload
+from .timeline import (
+    Durations,
+    predict,
+    shortest_step_s,
+    step_seconds,
+)
+from .workload import (
+    DEFAULT_SLOTS,
+    MIN_SLOTS,
+    Budgets,
+    Decisions,
+    Workload,
+)
 
 # Predicted times that differ by less are alike.
 TIE = 0.002

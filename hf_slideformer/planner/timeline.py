@@ -27,9 +27,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..hardware import Hardware
+from ..machine.hardware import Hardware
+from ..machine.presets import disk_rates
+from ..memory.limits import COPIES_IN_FLIGHT
 from .memory import disk_layout
-from .presets import disk_rates
 from .workload import Decisions, Workload
 
 COMPUTE = "GPU compute"
@@ -81,7 +82,6 @@ _SUM_PER_UPDATE = 1.35
 # Copies from and to memory that is not pinned take this many times as long.
 PAGEABLE_FACTOR = 2.0
 
-_MOVING = 2  # units' gradients, and offloaded inputs, that may be on their way
 _STEPS = 4
 _STEADY = 1e-3  # two steps that differ by less are alike
 
@@ -596,8 +596,8 @@ class _Step:
                 if unit in self.whole:
                     self.stored[unit] = self._use_disk(self.d2h, self.times.input_write[unit])
                 leaving.append(self.d2h)
-                if len(leaving) > _MOVING:
-                    ready = max(ready, leaving[-1 - _MOVING])
+                if len(leaving) > COPIES_IN_FLIGHT:
+                    ready = max(ready, leaving[-1 - COPIES_IN_FLIGHT])
             self.run(seconds, ready, self.launch_forward, updated=updated, by=by)
             if slot >= 0:
                 self.released[slot] = self.compute
@@ -618,7 +618,7 @@ class _Step:
                 slot = self.acquire(unit, streamed[max(0, position - depth) : position][::-1])
                 ready = self.landed[slot]
             if self.offloads[unit]:
-                while inputs and len(coming) < _MOVING + 1:
+                while inputs and len(coming) < COPIES_IN_FLIGHT + 1:
                     first = inputs.pop(0)
                     there = max(self.host, self.stored[first])
                     if first in self.whole:
@@ -630,7 +630,7 @@ class _Step:
             if slot >= 0:
                 self.released[slot] = self.compute
                 moving.append(self._send_gradients(unit))
-                if len(moving) > _MOVING:
+                if len(moving) > COPIES_IN_FLIGHT:
                     issued, landed, by = moving.pop(0)
                     self.host = max(self.host, issued)
                     self.run(0.0, landed, 0.0, updated=issued if self.staged else 0.0, by=by)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..memory.layout import FP32_MOMENTS, MomentFormat, ParamSpec, UnitLayout
+from ..memory.layout import (
+    FP32_MOMENTS,
+    MomentFormat,
+    ParamSpec,
+    UnitLayout,
+)
 from .profile import ModelProfile
 
 # One slot in use, the rest arriving: bursts of late copies are absorbed by the one beyond the minimum.

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace, where: str) -> dict:
     from transformers import set_seed
 
     from hf_slideformer import SlideConfig
-    from hf_slideformer.engine.batch_shape import BatchShape
+    from hf_slideformer.engine.model.batch_shape import BatchShape
     from tests.engine.loop import batches, decide, prepare, step
 
     set_seed(0)
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace, where: str) -> dict:
 
 def disk_floor(args: argparse.Namespace, engine, before: dict, seconds: float) -> dict:
     """What the disk moved in the steps, and the least time for that at its measured rates."""
-    from hf_slideformer.probe import hardware_of_this_machine
+    from hf_slideformer.machine.probe import hardware_of_this_machine
 
     after = engine.metrics.totals()
     read, written = (

@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, Trainin
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_slideformer import SlideConfig, SlideTrainer
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.checkpoint.directory import whole_checkpoints
 
 STEPS, SAVE_STEPS, KEPT = 12, 2, 2
@@ -137,7 +137,7 @@ class Progress:
         trainer.training_step, trainer._rotate = training_step, rotate_and_end
 
 
-class SlowFiles(FileOps):
+class SlowFiles(CheckpointCalls):
     """A disk on which everything takes a while."""
 
     def __init__(self, progress: Progress, delay_s: float) -> None:
@@ -194,7 +194,7 @@ class Tokens(Dataset):
 def make_trainer(
     setting: Setting,
     output_dir: Path,
-    files: FileOps,
+    files: CheckpointCalls,
     callbacks: list[TrainerCallback],
     *,
     model_seed: int = 0,
@@ -296,7 +296,9 @@ def final_state(trainer: SlideTrainer) -> dict[str, Any]:
     return json.loads(json.dumps(result, default=str))
 
 
-def train(setting: Setting, output_dir: Path, files: FileOps, progress: Progress, result: Path) -> None:
+def train(
+    setting: Setting, output_dir: Path, files: CheckpointCalls, progress: Progress, result: Path
+) -> None:
     """One attempt: go on from the last checkpoint if there is one, and write down the end."""
     last = get_last_checkpoint(str(output_dir)) if output_dir.exists() else None
     # Other random weights than before: whatever is not restored shows.
@@ -355,7 +357,7 @@ def check_directory(output_dir: Path, last_step: int) -> int:
     visible = sorted(path for path in output_dir.iterdir() if path.name.startswith("checkpoint-"))
     hidden = [path for path in output_dir.iterdir() if path.name.startswith(".")]
     for path in visible:
-        saved = SavedCheckpoint(path, FileOps())
+        saved = SavedCheckpoint(path, CheckpointCalls())
         saved.check_files(saved.records)
     assert sorted(whole_checkpoints(output_dir)) == visible
     assert len(visible) <= KEPT + 1, visible

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from hf_slideformer import SlideTrainer, SlideTrainerMixin, trainer_checkpoints
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.errors import CheckpointError
 from tests.trainer import runs
 
@@ -149,7 +149,7 @@ def _files(directory: Path) -> dict[str, list[str]]:
 
 def _check(directory: Path) -> None:
     for path in directory.rglob("checkpoint-*"):
-        saved = SavedCheckpoint(path, FileOps())
+        saved = SavedCheckpoint(path, CheckpointCalls())
         saved.check_files(saved.records)
         found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
         assert saved.records.keys() == found - {"slideformer_checkpoint.json"}

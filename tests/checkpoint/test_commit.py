@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_slideformer.checkpoint import BackgroundSave, FileOps, NewCheckpoint, SavedCheckpoint, clean_up
+from hf_slideformer.checkpoint import (
+    BackgroundSave,
+    CheckpointCalls,
+    NewCheckpoint,
+    SavedCheckpoint,
+    clean_up,
+)
 from hf_slideformer.checkpoint.directory import remove_checkpoint
 from hf_slideformer.errors import DiskError
 
@@ -19,7 +25,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 SPLIT, BEST = BY_NAME["split masters"], BY_NAME["fp32 as split masters, best model"]
 
 
-class Failing(FileOps):
+class Failing(CheckpointCalls):
     """Fails where it is told to.
 
     Args:
@@ -67,14 +73,14 @@ class Failing(FileOps):
         super().remove_tree(path)
 
 
-def _new(directory: Path, files: FileOps, content: str) -> NewCheckpoint:
+def _new(directory: Path, files: CheckpointCalls, content: str) -> NewCheckpoint:
     checkpoint = NewCheckpoint(directory / "checkpoint-3", files, 1000)
     (checkpoint.path / "config.json").write_text(content)
     return checkpoint
 
 
 def _content(directory: Path) -> str:
-    saved = SavedCheckpoint(directory / "checkpoint-3", FileOps())
+    saved = SavedCheckpoint(directory / "checkpoint-3", CheckpointCalls())
     saved.check_files(saved.records)
     return (saved.path / "config.json").read_text()
 
@@ -86,7 +92,7 @@ def _hidden(directory: Path) -> list[str]:
 @pytest.fixture
 def old(tmp_path):
     """A directory with a whole checkpoint that is about to be replaced."""
-    _new(tmp_path, FileOps(), "old").finish()
+    _new(tmp_path, CheckpointCalls(), "old").finish()
     return tmp_path
 
 
@@ -110,7 +116,7 @@ def test_what_was_replaced_stays_until_the_disk_confirms(old):
     assert (old / ".replaced-checkpoint-3" / "config.json").read_text() == "old"
     clean_up(old, failing)  # it still does not
     assert _hidden(old) == [".replaced-checkpoint-3"]
-    clean_up(old, FileOps())
+    clean_up(old, CheckpointCalls())
     assert _hidden(old) == [] and _content(old) == "new"
 
 
@@ -129,7 +135,7 @@ def test_a_rename_that_fails(old, name, done):
     assert (
         ".replaced-checkpoint-3 is the earlier checkpoint-3; the next start puts it back" in notes
     ) == undoes
-    clean_up(old, FileOps())
+    clean_up(old, CheckpointCalls())
     assert _content(old) == ("new" if arrives else "old") and _hidden(old) == []
 
 
@@ -141,7 +147,7 @@ def test_leftovers_that_cannot_be_removed_are_no_failure(old, caplog, leftover):
     checkpoint.finish()
     assert checkpoint.is_in_place and _content(old) == "new" and _hidden(old) == [f"{leftover}checkpoint-3"]
     assert any(f"{leftover}checkpoint-3 could not be removed" in message for message in caplog.messages)
-    clean_up(old, FileOps())
+    clean_up(old, CheckpointCalls())
     assert _hidden(old) == []
 
 
@@ -161,7 +167,7 @@ def test_a_directory_written_in_place(tmp_path):
         assert checkpoint.is_in_place == whole == SavedCheckpoint.exists(target)
 
 
-class _Last(FileOps):
+class _Last(CheckpointCalls):
     """The manifest gets all its bytes, but not to the disk."""
 
     def fsync(self, descriptor):
@@ -173,7 +179,7 @@ class _Last(FileOps):
 @pytest.mark.parametrize("times", [1, 10**6])
 def test_rotation_follows_what_is_in_its_place(tmp_path, times):
     """Nothing goes before the disk has confirmed the new one: an older checkpoint is all that would be left."""
-    _new(tmp_path, FileOps(), "old").finish()
+    _new(tmp_path, CheckpointCalls(), "old").finish()
     (tmp_path / "checkpoint-3").rename(tmp_path / "checkpoint-1")
     files = Failing(fsync_of=tmp_path, after=tmp_path / "checkpoint-3", times=times)
     save = BackgroundSave(
@@ -202,7 +208,7 @@ def test_the_best_checkpoint_is_known_though_not_confirmed(tmp_path, saving):
         trainer.train()
     assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-4"
     assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4"]
-    resumed = make_trainer(BEST, tmp_path, FileOps(), [], model_seed=99)
+    resumed = make_trainer(BEST, tmp_path, CheckpointCalls(), [], model_seed=99)
     resumed.args.max_steps = 6
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6

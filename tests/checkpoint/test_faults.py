@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.errors import CheckpointError, DiskError
 
 from .kill import SETTINGS, final_state, make_trainer
@@ -30,7 +30,7 @@ FAULTS = [
 ]
 
 
-class Faulty(FileOps):
+class Faulty(CheckpointCalls):
     """Fails at one call, or writes and reads in short pieces; counts calls.
 
     Args:
@@ -114,7 +114,7 @@ def test_a_failing_call_leaves_the_last_checkpoint(saved):
         assert not [path for path in directory.iterdir() if path.name.startswith(".")]
     trainer._files = Faulty()
     trainer._save_checkpoint(trainer.model, None)  # the same trainer goes on
-    SavedCheckpoint(directory / "checkpoint-6", FileOps())
+    SavedCheckpoint(directory / "checkpoint-6", CheckpointCalls())
 
 
 def test_a_failing_call_while_replacing_leaves_one_of_both(saved):
@@ -124,13 +124,13 @@ def test_a_failing_call_while_replacing_leaves_one_of_both(saved):
         trainer._files = Faulty(("rename", number), errno.EIO)
         with pytest.raises(DiskError):
             trainer._save_checkpoint(trainer.model, None)
-        checkpoint = SavedCheckpoint(directory / "checkpoint-4", FileOps())
+        checkpoint = SavedCheckpoint(directory / "checkpoint-4", CheckpointCalls())
         checkpoint.check_files(checkpoint.records)
         assert not [path for path in directory.iterdir() if path.name.startswith(".")]
 
 
 def test_training_stops_and_the_last_checkpoint_resumes(tmp_path):
-    whole = make_trainer(SETTING, tmp_path / "whole", FileOps(), [])
+    whole = make_trainer(SETTING, tmp_path / "whole", CheckpointCalls(), [])
     whole.train()
     expected = final_state(whole)
     first = make_trainer(SETTING, tmp_path / "run", Faulty(), [])
@@ -141,7 +141,7 @@ def test_training_stops_and_the_last_checkpoint_resumes(tmp_path):
     trainer = make_trainer(SETTING, tmp_path / "run", Faulty(("write", used + used // 2), errno.ENOSPC), [])
     with pytest.raises(DiskError, match="ENOSPC"):
         trainer.train()
-    resumed = make_trainer(SETTING, tmp_path / "run", FileOps(), [], model_seed=99)
+    resumed = make_trainer(SETTING, tmp_path / "run", CheckpointCalls(), [], model_seed=99)
     resumed.train(resume_from_checkpoint=True)
     assert final_state(resumed) == expected
 
@@ -151,7 +151,7 @@ def test_short_writes_and_reads_change_nothing(saved):
     before = final_state(trainer)
     trainer._files = Faulty(chance=random.Random(1))
     trainer._save_checkpoint(trainer.model, None)
-    checkpoint = SavedCheckpoint(directory / "checkpoint-4", FileOps())
+    checkpoint = SavedCheckpoint(directory / "checkpoint-4", CheckpointCalls())
     checkpoint.check_files(checkpoint.records)
     resumed = make_trainer(SETTING, directory, Faulty(chance=random.Random(2)), [], model_seed=99)
     resumed.args.max_steps = 4
@@ -195,7 +195,7 @@ def test_files_of_transformers_that_cannot_be_written(saved, limit):
 def test_directory_gone(saved):
     trainer, directory, _ = saved
 
-    class Vanishing(FileOps):
+    class Vanishing(CheckpointCalls):
         def fsync(self, descriptor):
             shutil.rmtree(directory)
             super().fsync(descriptor)
@@ -231,7 +231,7 @@ def test_damage_is_found_and_named(saved, kind):
         copy = directory / "checkpoint-9"
         shutil.copytree(path, copy)
         _damage(kind, copy / name, chance)
-        resumed = make_trainer(SETTING, directory, FileOps(), [], model_seed=99)
+        resumed = make_trainer(SETTING, directory, CheckpointCalls(), [], model_seed=99)
         resumed.args.max_steps = 4
         expected = f"{name.name}.*(checkpoint-2|entry)"
         if name.name == "slideformer_checkpoint.json":  # a bit of it can be any file's name or checksum
@@ -239,7 +239,7 @@ def test_damage_is_found_and_named(saved, kind):
         with pytest.raises(CheckpointError, match=expected):
             resumed.train(resume_from_checkpoint=str(copy))
         shutil.rmtree(copy)
-    resumed = make_trainer(SETTING, directory, FileOps(), [], model_seed=99)
+    resumed = make_trainer(SETTING, directory, CheckpointCalls(), [], model_seed=99)
     resumed.args.max_steps = 4
     resumed.train(resume_from_checkpoint=str(path))
     for one, two in zip(resumed.slide.engine.states, trainer.slide.engine.states, strict=True):

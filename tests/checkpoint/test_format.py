@@ -20,7 +20,7 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from hf_slideformer import SlideAccelerator, SlideAdamW, SlideTrainer
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.errors import CheckpointError
 from hf_slideformer.memory.layout import MOMENT_FORMATS
 
@@ -32,7 +32,7 @@ SPLIT = BY_NAME["split masters"]
 
 def _train(setting: Setting, directory: Path, resume: Path | None = None, **overrides):
     setting = Setting(setting.name, setting.dtype, {**setting.args, **overrides}, setting.slide)
-    trainer = make_trainer(setting, directory, FileOps(), [], model_seed=0 if resume is None else 99)
+    trainer = make_trainer(setting, directory, CheckpointCalls(), [], model_seed=0 if resume is None else 99)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
@@ -148,7 +148,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
     trainer._save_checkpoint(trainer.model, None)
     assert not (path / "stale").exists()
     assert sorted(p.name for p in tmp_path.iterdir() if "checkpoint" in p.name) == ["checkpoint-2"]
-    SavedCheckpoint(path, FileOps())
+    SavedCheckpoint(path, CheckpointCalls())
 
 
 def test_a_replacement_that_was_cut_off_is_undone(tmp_path):
@@ -179,7 +179,7 @@ def test_resume_is_the_uninterrupted_run(tmp_path, setting):
 def test_resume_of_a_model_whose_saved_tensors_are_computed(tmp_path, monkeypatch, bf16):
     # Fused experts are saved one by one; plain Trainer does not find them again.
     def train(directory: Path, seed: int, resume: Path | None = None):
-        base = make_trainer(SETTINGS[0], directory, FileOps(), [])
+        base = make_trainer(SETTINGS[0], directory, CheckpointCalls(), [])
         set_seed(seed)
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
         heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 32}
@@ -202,7 +202,7 @@ def test_resume_of_a_model_whose_saved_tensors_are_transposed(tmp_path, monkeypa
         trainer = make_trainer(
             Setting("transposed", args={"bf16": True, "max_steps": 4}),
             directory,
-            FileOps(),
+            CheckpointCalls(),
             [],
             model_seed=seed,
         )
@@ -256,7 +256,7 @@ def test_moments_of_the_other_format(tmp_path, saved, loaded):
 
 @pytest.mark.parametrize("update", ["deferred", "overlapped"])
 def test_the_optimizer_of_plain_trainer_resumes(tmp_path, update):
-    ours = make_trainer(SETTINGS[0], tmp_path / "ours", FileOps(), [])
+    ours = make_trainer(SETTINGS[0], tmp_path / "ours", CheckpointCalls(), [])
     args = TrainingArguments(
         **{**ours.args.to_dict(), "output_dir": str(tmp_path / "plain"), "max_grad_norm": 0.0}
     )
@@ -276,7 +276,7 @@ def test_the_optimizer_of_plain_trainer_resumes(tmp_path, update):
 def test_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path):
     _train(SPLIT, tmp_path, max_steps=2)
     path = tmp_path / "checkpoint-2"
-    trainer = make_trainer(SPLIT, tmp_path / "other", FileOps(), [], model_seed=3)
+    trainer = make_trainer(SPLIT, tmp_path / "other", CheckpointCalls(), [], model_seed=3)
     del trainer.model.model.layers[2]
     trainer.model.config.num_hidden_layers = 2
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
@@ -286,7 +286,7 @@ def test_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path
         trainer.train(resume_from_checkpoint=str(path))
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
-    trainer = make_trainer(SPLIT, tmp_path / "frozen", FileOps(), [], model_seed=3)
+    trainer = make_trainer(SPLIT, tmp_path / "frozen", CheckpointCalls(), [], model_seed=3)
     trainer.model.lm_head.weight.requires_grad_(False)
     with pytest.raises(CheckpointError, match=r"1 differ, such as lm_head.weight with \(\(32, 16\), True\)"):
         trainer.train(resume_from_checkpoint=str(path))
@@ -312,7 +312,7 @@ def test_newer_format_is_refused(tmp_path, file):
 
 
 def _prepared(setting: Setting, directory: Path, seed: int):
-    trainer = make_trainer(setting, directory, FileOps(), [], model_seed=seed)
+    trainer = make_trainer(setting, directory, CheckpointCalls(), [], model_seed=seed)
     accelerator = trainer.accelerator
     assert isinstance(accelerator, SlideAccelerator)
     model, optimizer = accelerator.prepare(trainer.model, SlideAdamW(trainer.model.parameters(), lr=1e-2))

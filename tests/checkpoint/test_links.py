@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_slideformer.checkpoint import FileOps, NewCheckpoint, SavedCheckpoint, clean_up, remove_checkpoint
+from hf_slideformer.checkpoint import (
+    CheckpointCalls,
+    NewCheckpoint,
+    SavedCheckpoint,
+    clean_up,
+    remove_checkpoint,
+)
 
 from .kill import SETTINGS, final_state, make_trainer
 
@@ -13,7 +19,7 @@ SPLIT = SETTINGS[1]
 
 
 def _trainer(directory: Path, max_steps: int, limit: int | None = 2, seed: int = 0):
-    trainer = make_trainer(SPLIT, directory, FileOps(), [], model_seed=seed)
+    trainer = make_trainer(SPLIT, directory, CheckpointCalls(), [], model_seed=seed)
     trainer.args.max_steps, trainer.args.save_total_limit = max_steps, limit
     return trainer
 
@@ -32,7 +38,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def _check(path: Path) -> None:
-    saved = SavedCheckpoint(path, FileOps())
+    saved = SavedCheckpoint(path, CheckpointCalls())
     saved.check_files(saved.records)
 
 
@@ -101,7 +107,7 @@ def test_links_by_other_names_stay(run):
 
 
 def _new(directory: Path, content: str) -> NewCheckpoint:
-    checkpoint = NewCheckpoint(directory / "checkpoint-3", FileOps(), 1000)
+    checkpoint = NewCheckpoint(directory / "checkpoint-3", CheckpointCalls(), 1000)
     (checkpoint.path / "config.json").write_text(content)
     return checkpoint
 
@@ -129,9 +135,9 @@ def test_leftovers_that_are_links(tmp_path, dangling):
     run.mkdir()
     for prefix, step in ((".tmp-", 1), (".delete-", 2), (".replaced-", 3)):
         (run / f"{prefix}checkpoint-{step}").symlink_to(target)
-    clean_up(run, FileOps())
+    clean_up(run, CheckpointCalls())
     assert _names(run) == ["checkpoint-3"] and (run / "checkpoint-3").is_symlink()
     _check(behind / "checkpoint-3")
-    remove_checkpoint(run / "checkpoint-3", FileOps())
+    remove_checkpoint(run / "checkpoint-3", CheckpointCalls())
     assert _names(run) == []
     _check(behind / "checkpoint-3")

@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
-from hf_slideformer.checkpoint import LOCK_FILE, DirectoryLock, FileOps, SavedCheckpoint, lock
+from hf_slideformer.checkpoint import (
+    LOCK_FILE,
+    CheckpointCalls,
+    DirectoryLock,
+    SavedCheckpoint,
+    lock,
+)
 from hf_slideformer.errors import CheckpointError
 
 from .kill import SETTINGS, make_trainer
@@ -115,7 +121,7 @@ def test_a_trainer_is_refused_before_it_touches_anything(other):
     file, process = other
     leftover = file.parent / ".tmp-checkpoint-2" / "checkpoint-2"
     leftover.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(SPLIT, file.parent, FileOps(), [])
+    trainer = make_trainer(SPLIT, file.parent, CheckpointCalls(), [])
     with pytest.raises(CheckpointError, match=_refused(process)):
         trainer.train()
     assert trainer.state.global_step == 0 and leftover.exists()
@@ -133,7 +139,7 @@ def test_a_trainer_that_saves_nothing_needs_no_directory_of_its_own(other, saves
     file, process = other
     leftover = file.parent / ".tmp-checkpoint-2" / "checkpoint-2"
     leftover.mkdir(parents=True, exist_ok=True)
-    trainer = make_trainer(SPLIT, file.parent, FileOps(), [_Saves()] if saves else [])
+    trainer = make_trainer(SPLIT, file.parent, CheckpointCalls(), [_Saves()] if saves else [])
     trainer.args.save_strategy, trainer.args.max_steps = "no", 3
     if saves:
         with pytest.raises(CheckpointError, match=_refused(process)):
@@ -296,7 +302,7 @@ class _Looks(TrainerCallback):
 def test_runs_one_after_another(tmp_path):
     """Also after one that failed, by another trainer, and resumed."""
     looks = _Looks(tmp_path / LOCK_FILE)
-    first = make_trainer(SPLIT, tmp_path, FileOps(), [looks])
+    first = make_trainer(SPLIT, tmp_path, CheckpointCalls(), [looks])
     first.args.max_steps = 2
     first.train()
     assert looks.seen == [True] * 2 and not (tmp_path / LOCK_FILE).exists()
@@ -310,7 +316,7 @@ def test_runs_one_after_another(tmp_path):
         first.train()
     assert not (tmp_path / LOCK_FILE).exists()
     first.training_step = step
-    second = make_trainer(SPLIT, tmp_path, FileOps(), [])
+    second = make_trainer(SPLIT, tmp_path, CheckpointCalls(), [])
     second.args.max_steps = 4
     second.train(resume_from_checkpoint=True)
     first.args.max_steps = 6
@@ -326,19 +332,19 @@ class _TrainsAnother(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
-            inner = make_trainer(SPLIT, self._directory, FileOps(), [])
+            inner = make_trainer(SPLIT, self._directory, CheckpointCalls(), [])
             inner.args.max_steps, inner.args.save_steps = 1, 1
             inner.train()
 
 
 def test_a_run_inside_of_another(tmp_path):
-    outer = make_trainer(SPLIT, tmp_path, FileOps(), [_TrainsAnother(tmp_path)])
+    outer = make_trainer(SPLIT, tmp_path, CheckpointCalls(), [_TrainsAnother(tmp_path)])
     outer.args.max_steps, outer.args.save_total_limit = 4, None
     outer.train()
     names = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert names == ["checkpoint-1", "checkpoint-2", "checkpoint-4"]
     for name in names:
-        saved = SavedCheckpoint(tmp_path / name, FileOps())
+        saved = SavedCheckpoint(tmp_path / name, CheckpointCalls())
         saved.check_files(saved.records)
 
 
@@ -378,5 +384,5 @@ def test_a_state_that_is_written_in_place(tmp_path):
     ):
         loop[0].save_state(str(target))
     loop[0].save_state(str(target))
-    records = SavedCheckpoint(target, FileOps()).records
+    records = SavedCheckpoint(target, CheckpointCalls()).records
     assert "notes.txt" in records and LOCK_FILE not in records and not (target / LOCK_FILE).exists()

@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TrackioCallback, WandbCallback, WandbLogModel
 
 from hf_slideformer import accelerator as accelerator_module
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
-from hf_slideformer.engine import updates as updates_module
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.engine.engine import SlideEngine
-from hf_slideformer.engine.parameters import live_tensors
-from hf_slideformer.engine.updates import Updates
+from hf_slideformer.engine.state import updates as updates_module
+from hf_slideformer.engine.state.parameters import live_tensors
+from hf_slideformer.engine.state.updates import Updates
 from hf_slideformer.errors import CheckpointError, DiskError
 from hf_slideformer.trainer_checkpoints import _reads_saved
 
@@ -28,7 +28,7 @@ BY_NAME = {setting.name: setting for setting in SETTINGS}
 SPLIT = BY_NAME["split masters"]
 
 
-class Gated(FileOps):
+class Gated(CheckpointCalls):
     """Writes nothing while the gate is closed, and in small pieces; a new checkpoint may close it."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Gated(FileOps):
         return super().write(descriptor, data[:2048])
 
 
-def _trainer(setting: Setting, directory: Path, files: FileOps | None = None, callbacks=(), **slide):
+def _trainer(setting: Setting, directory: Path, files: CheckpointCalls | None = None, callbacks=(), **slide):
     setting = Setting(
         setting.name,
         setting.dtype,
@@ -57,7 +57,7 @@ def _trainer(setting: Setting, directory: Path, files: FileOps | None = None, ca
         setting.model,
         setting.ram_share,
     )
-    trainer = make_trainer(setting, directory, files or FileOps(), list(callbacks))
+    trainer = make_trainer(setting, directory, files or CheckpointCalls(), list(callbacks))
     trainer.args.max_steps = 4
     return trainer
 
@@ -76,7 +76,7 @@ def _close_gate_on_save(trainer, files: Gated) -> None:
 
 
 def _records(path: Path) -> dict:
-    records = SavedCheckpoint(path, FileOps()).records
+    records = SavedCheckpoint(path, CheckpointCalls()).records
     return {name: record for name, record in records.items() if name.endswith((".safetensors", ".json"))}
 
 
@@ -171,7 +171,7 @@ def test_a_failed_write_ends_training_at_the_next_step(tmp_path):
     assert steps[-1] == 2 and steps.count(2) == 1
     assert trainer._pending_save is None and trainer.state.best_model_checkpoint is None
     assert not [path for path in tmp_path.iterdir() if "checkpoint" in path.name]
-    trainer._files = FileOps()
+    trainer._files = CheckpointCalls()
     trainer.train()  # updates were let go of, and the same trainer can go on
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.utils import ProjectConfiguration
 
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.errors import CheckpointError, DiskError
 
 from .kill import SETTINGS
@@ -22,7 +22,7 @@ class _Killed(BaseException):
     pass
 
 
-class Stopping(FileOps):
+class Stopping(CheckpointCalls):
     """From one call on, nothing reaches the file system any more, cleaning up included."""
 
     def __init__(self, after: int | None = None) -> None:
@@ -73,7 +73,7 @@ def _name(accelerator, directory: Path, limit: int = 2) -> None:
 
 def _check(path: Path) -> bytes:
     """The weights of a state, all of whose files are whole."""
-    saved = SavedCheckpoint(path, FileOps())
+    saved = SavedCheckpoint(path, CheckpointCalls())
     saved.check_files(saved.records)
     return (path / "model.safetensors").read_bytes()
 
@@ -150,7 +150,7 @@ def test_a_failing_call_changes_nothing(tmp_path, loops, named):
         assert loop[0].save_iteration == 2
         assert _contents(base) == before
         assert not [path for path in base.iterdir() if path.name.startswith(".")]
-    loop[0]._slide_files = FileOps()
+    loop[0]._slide_files = CheckpointCalls()
     _save(loop, base / "checkpoint_0", named, 2)
     names = ["checkpoint_1", "checkpoint_2"] if named else ["checkpoint_0"]
     assert [path.name for path in _visible(base)] == names
@@ -197,7 +197,7 @@ def test_files_of_others_stay(tmp_path, loops):
         loop[0].save_state(str(path))
     with pytest.raises(CheckpointError, match="interrupted"):
         other[0].load_state(str(path))
-    loop[0]._slide_files = FileOps()
+    loop[0]._slide_files = CheckpointCalls()
     loop[0].save_state(str(path))
     other[0].load_state(str(path))
     for one, two in zip(loop[1].parameters(), other[1].parameters(), strict=True):

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, set_seed
 
 from hf_slideformer import SlideConfig, SlideTrainer
-from hf_slideformer.checkpoint import FileOps, SavedCheckpoint
+from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 
 from .kill import Tokens, final_state
 
@@ -86,7 +86,7 @@ def test_state_on_disk_or_in_ram(tmp_path, bf16):
         resumed.train(resume_from_checkpoint=str(tmp_path / written / "checkpoint-2"))
         check(resumed, loaded)
     one, two, three = (
-        SavedCheckpoint(tmp_path / name / "checkpoint-4", FileOps()).records
+        SavedCheckpoint(tmp_path / name / "checkpoint-4", CheckpointCalls()).records
         for name in ("ram", "from-disk", "from-whole")
     )
     tensors = [name for name in one if name.endswith(".safetensors")]

@@ -9,8 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from hf_slideformer import SlideAdamW, SlideConfig
-from hf_slideformer.engine.batch_shape import BatchShape
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.batch_shape import BatchShape
 from hf_slideformer.optim.state import ParamState
 from hf_slideformer.planner.workload import Decisions
 

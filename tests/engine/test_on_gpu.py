@@ -8,10 +8,10 @@ import torch
 
 from hf_slideformer import SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
+from tests.engine.run.test_repeated import MODELS, ORDERS, train_by
+from tests.engine.state.test_gradients import Checkpointed, Model, Tiled, gradients, make, stream
 
 from .loop import assert_same_bits, decide, prepare, tiny_llama
-from .test_repeated import MODELS, ORDERS, train_by
-from .test_seams_of_gradients import Checkpointed, Model, Tiled, gradients, make, stream
 
 pytestmark = pytest.mark.gpu
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
-from hf_slideformer.engine.allocations import AllocationTracker
-from hf_slideformer.engine.batch_shape import BatchShape
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.batch_shape import BatchShape
+from hf_slideformer.engine.profiling.allocations import AllocationTracker
 
 from .loop import batches, decide, prepare, step, tiny_llama, train
 

@@ -10,11 +10,30 @@ import time
 
 import pytest
 
-from hf_slideformer.engine import clipping, executor, gradients, outside, placed, updates
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.run import executor
+from hf_slideformer.engine.state import (
+    beside_device as outside,
+)
+from hf_slideformer.engine.state import (
+    clipping,
+    gradients,
+    updates,
+)
+from hf_slideformer.engine.state import (
+    placement as placed,
+)
 from hf_slideformer.errors import StateError
-from hf_slideformer.memory import disk, disk_state, offload, pool, staging, streams, transfer
-from hf_slideformer.optim import adamw, worker
+from hf_slideformer.memory import (
+    offload,
+    pool,
+    staging,
+    streams,
+    transfer,
+    worker,
+)
+from hf_slideformer.memory.disk import desks, inputs, store
+from hf_slideformer.optim import adamw
 from tests.engine import small
 from tests.engine.loop import Run, all_tensors, assert_same_state
 
@@ -40,9 +59,9 @@ CALLED = [
     (offload.TensorOffload, "take"),
     (offload.TensorOffload, "_take_buffer"),
     (offload.TensorOffload, "settle"),
-    (disk_state.Desk, "borrow"),
-    (disk_state.Loan, "give_back"),
-    (disk_state.DiskInputs, "store"),
+    (desks.Desk, "borrow"),
+    (desks.Loan, "give_back"),
+    (inputs.DiskInputs, "store"),
     (executor.Executor, "lease"),
     (executor.Executor, "run_forward"),
     (executor.Executor, "run_backward"),
@@ -91,9 +110,9 @@ IN_THREADS = [
     (updates, "update_unit"),
     (gradients, "accumulate_"),
     (placed.PlacedState, "attached"),
-    (disk.DiskStore, "read"),
-    (disk.DiskStore, "write"),
-    (disk_state.Desk, "_take"),
+    (store.DiskStore, "read"),
+    (store.DiskStore, "write"),
+    (desks.Desk, "_take"),
 ]
 
 # What hands out a buffer: raised after that, nobody would have it.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
-from hf_slideformer.engine import updates
+from hf_slideformer.engine.state import updates
 from hf_slideformer.errors import StateError, TransferError
 from tests.engine.loop import assert_same_bits, decide, prepare, tiny_llama, train
 

@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from hf_slideformer.memory.layout import MOMENT_FORMATS, ParamSpec, Segment, lay_out, lay_out_on_disk
+from hf_slideformer.memory.layout import (
+    MOMENT_FORMATS,
+    ParamSpec,
+    Segment,
+    lay_out,
+    lay_out_on_disk,
+)
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.int8)
 

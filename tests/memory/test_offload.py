@@ -9,8 +9,8 @@ import torch
 
 from hf_slideformer.errors import StateError, TransferError
 from hf_slideformer.memory import streams
+from hf_slideformer.memory.buffers import HostBuffer
 from hf_slideformer.memory.offload import TensorOffload
-from hf_slideformer.memory.pinned import HostBuffer
 from hf_slideformer.memory.transfer import Handle, Lane
 from hf_slideformer.metrics import Metrics
 

@@ -13,7 +13,7 @@ from slideformer_kernels import reference
 from transformers import Trainer, get_scheduler
 
 from hf_slideformer import SlideConfig, SlideTrainer
-from hf_slideformer.engine.parameters import live_tensors
+from hf_slideformer.engine.state.parameters import live_tensors
 
 from . import data, harness, reference_loop
 from .harness import Case

@@ -1,6 +1,6 @@
 """PEFT over a streamed base: `SlideTrainer` produces what plain `Trainer` does with the same PeftModel.
 
-fp32 as in `test_fp32`, bf16 as in `test_bf16`. What a frozen base costs is counted in tests/engine/test_adapters.py.
+fp32 as in `test_fp32`, bf16 as in `test_bf16`. What a frozen base costs: tests/engine/state/test_adapters.py.
 """
 
 from collections.abc import Callable

@@ -20,7 +20,12 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 from trl import BEMACallback, DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_slideformer import SlideConfig, SlideDPOTrainer, SlideSFTTrainer, UnsupportedModelError
+from hf_slideformer import (
+    SlideConfig,
+    SlideDPOTrainer,
+    SlideSFTTrainer,
+    UnsupportedModelError,
+)
 from hf_slideformer.engine.engine import engine_of
 
 from . import harness, models

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from hf_slideformer.hardware import Hardware
+from hf_slideformer.machine.hardware import Hardware
 from hf_slideformer.memory.layout import ParamSpec, lay_out
 from hf_slideformer.planner.profile import ModelProfile, UnitProfile
 from hf_slideformer.planner.workload import Workload

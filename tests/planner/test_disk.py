@@ -9,7 +9,12 @@ from hf_slideformer.errors import PlanError
 from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS
 from hf_slideformer.planner.memory import MemoryModel
 from hf_slideformer.planner.solve import FEWEST_DISK_BUFFERS, solve
-from hf_slideformer.planner.timeline import Durations, predict, shortest_step_s, step_seconds
+from hf_slideformer.planner.timeline import (
+    Durations,
+    predict,
+    shortest_step_s,
+    step_seconds,
+)
 from hf_slideformer.planner.workload import Budgets, Decisions
 
 from .machines import GIB, H100, llama

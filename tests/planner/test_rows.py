@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_slideformer.hardware import Hardware
+from hf_slideformer.machine.hardware import Hardware
 from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS
 from hf_slideformer.planner.memory import MemoryModel
 from hf_slideformer.planner.timeline import predict

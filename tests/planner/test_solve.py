@@ -13,7 +13,12 @@ from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
 from hf_slideformer.planner.memory import MemoryModel, gpu_reserve_bytes
 from hf_slideformer.planner.profile import UnitProfile
 from hf_slideformer.planner.solve import TIE, advise, solve
-from hf_slideformer.planner.timeline import COMPUTE, DISK, Durations, step_seconds
+from hf_slideformer.planner.timeline import (
+    COMPUTE,
+    DISK,
+    Durations,
+    step_seconds,
+)
 from hf_slideformer.planner.workload import Budgets, Decisions
 
 from .machines import GIB, H100, MIB, llama, llama_profile, spec

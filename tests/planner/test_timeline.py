@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from hf_slideformer.machine.presets import disk_rates
 from hf_slideformer.memory.layout import EIGHT_BIT_MOMENTS, lay_out
-from hf_slideformer.planner.presets import disk_rates
 from hf_slideformer.planner.timeline import (
     COMPUTE,
     DISK,

@@ -48,9 +48,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_slideformer.engine import gradients, held
-from hf_slideformer.memory import disk, disk_state, pinned, pool, staging, streams, transfer
-from hf_slideformer.optim import state, worker
+from hf_slideformer.engine.state import gradients
+from hf_slideformer.engine.state import snapshot as held
+from hf_slideformer.memory import (
+    buffers as pinned,
+)
+from hf_slideformer.memory import (
+    pool,
+    staging,
+    streams,
+    transfer,
+    worker,
+)
+from hf_slideformer.memory.disk import desks, store
+from hf_slideformer.optim import state
 
 COMPUTE = "compute"
 _STREAMS_OF_LANES = ("h2d", "d2h")
@@ -654,7 +665,7 @@ def _watch_threads(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
         return addresses[id(buffer)][1]
 
     queues = types.SimpleNamespace(SimpleQueue=_watched_queue(watch))
-    for module in (transfer, disk_state, disk):
+    for module in (transfer, desks, store):
         patch.setattr(module, "queue", queues)
     _wrap(patch, transfer.Lane, "_serve", serve)
     _wrap(patch, transfer.Lane, "_run", run)
@@ -663,10 +674,10 @@ def _watch_threads(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
     _wrap(patch, worker.UpdateWorker, "_take", take)
     _wrap(patch, staging.StagingBuffers, "give_back", give_back)
     _wrap(patch, staging.StagingBuffers, "take", take_staging)
-    _wrap(patch, disk._Piece, "map", map_file)
-    _wrap(patch, disk._Request, "begin", begin)
-    _wrap(patch, disk._Request, "move", move)
-    _wrap(patch, disk._Request, "_end", end)
+    _wrap(patch, files._Piece, "map", map_file)
+    _wrap(patch, store._Request, "begin", begin)
+    _wrap(patch, store._Request, "move", move)
+    _wrap(patch, store._Request, "_end", end)
 
 
 # -- what touches memory unseen by torch ----------------------------------------------------------------------

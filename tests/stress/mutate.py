@@ -151,8 +151,8 @@ def sites() -> list[Site]:
     """All sites, in the order of the source."""
     found = []
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).glob("*.py")):
-            visitor = _Sites(f"{folder}/{path.name}")
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            visitor = _Sites(str(path.relative_to(ROOT)))
             visitor.visit(ast.parse(path.read_text()))
             found += visitor.found
     # Those of the abstraction itself are what every other one is made of.
@@ -261,23 +261,23 @@ def _by_tests(site: Site) -> str:
     failed = Failed()
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         quiet = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-        own = f"tests/{site.file.replace('/', '/test_', 1)}"
+        own = Path("tests", site.file)
+        own = own.with_name(f"test_{own.name}")
         pytest.main(
-            ["-x", *quiet, "-k", "not process", *([own] if Path(own).exists() else []), *_TESTS],
+            ["-x", *quiet, "-k", "not process", *([str(own)] if own.exists() else []), *_TESTS],
             plugins=[failed],
         )
     return failed.first
 
 
 _TESTS = [
-    *(f"tests/memory/test_{name}.py" for name in ("transfer", "pool", "offload", "staging", "disk_state")),
-    "tests/optim",
+    *(f"tests/memory/test_{name}.py" for name in ("transfer", "pool", "offload", "staging", "worker")),
+    "tests/memory/disk",
     "tests/faults/test_dead_device.py",
     "tests/stress/test_order.py",
-    "tests/memory/test_disk.py",
     "tests/faults/test_anywhere.py",
-    "tests/engine/test_activations.py",
-    "tests/engine/test_disk.py",
+    "tests/engine/run/test_activations.py",
+    "tests/engine/state/test_on_disk.py",
     "tests/checkpoint/test_overlap.py",
     "tests/trainer/test_plain_loops.py",
 ]

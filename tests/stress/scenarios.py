@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from hf_slideformer import SlideAdamW
-from hf_slideformer.engine.held import HeldState
+from hf_slideformer.engine.state.snapshot import HeldState
 from hf_slideformer.errors import CheckpointError
 from hf_slideformer.memory.transfer import Lane
+from hf_slideformer.memory.worker import UpdateWorker
 from hf_slideformer.optim.state import ParamState
-from hf_slideformer.optim.worker import UpdateWorker
 from tests.engine import small
 from tests.engine.loop import Run
 

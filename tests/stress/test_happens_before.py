@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from hf_slideformer.memory import streams
-from hf_slideformer.memory.pinned import HostBuffer
+from hf_slideformer.memory.buffers import HostBuffer
 from hf_slideformer.memory.transfer import Handle, Lane
+from hf_slideformer.memory.worker import UpdateWorker
 from hf_slideformer.metrics import Metrics
-from hf_slideformer.optim.worker import UpdateWorker
 
 from . import mutate
 from .happens_before import watching
@@ -37,12 +37,12 @@ _SAMPLE = {
     "pool.py SlotPool._fetch: after_events=(slot.released,)": "train, overlapped",
     "offload.py TensorOffload.fetch: after_events=": "train, offload",
     "offload.py TensorOffload.take: handle.wait_stream()": "train, offload",
-    "disk_state.py Desk.borrow.fetch: state.written[unit].wait_host()": "train, weights on disk",
+    "desks.py Desk.borrow.fetch: state.written[unit].wait_host()": "train, weights on disk",
     "gradients.py Gradients.push: self._in_flight.append": "train, streamed",
     "gradients.py Gradients._copy: compute_event(self._device)": "train, streamed",
-    "held.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
-    "outside.py OutsideUpdates.step: after=(updated,)": "train, mixed",
-    "outside.py OutsideUpdates.wait_stream: self._pending.wait_stream()": "train, mixed",
+    "snapshot.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
+    "beside_device.py OutsideUpdates.step: after=(updated,)": "train, mixed",
+    "beside_device.py OutsideUpdates.wait_stream: self._pending.wait_stream()": "train, mixed",
     "updates.py Updates._until_read": "save, streamed",
 }
 

@@ -9,7 +9,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from hf_slideformer import CheckpointError, SlideAccelerator, SlideTrainer, UnsupportedModelError
+from hf_slideformer import (
+    CheckpointError,
+    SlideAccelerator,
+    SlideTrainer,
+    UnsupportedModelError,
+)
 from hf_slideformer.checkpoint import joined_state_dict
 
 from .runs import Loop, Tokens, assert_same_weights, batches, llama, make, masters, plain_loop

@@ -12,7 +12,12 @@ from transformers import Trainer
 from hf_slideformer import SlideAdamW, SlideConfig, SlideTrainer
 from hf_slideformer.accelerator import check_environment
 from hf_slideformer.engine.engine import SlideEngine, engine_of
-from hf_slideformer.errors import ConfigError, PlanError, StateError, UnsupportedModelError
+from hf_slideformer.errors import (
+    ConfigError,
+    PlanError,
+    StateError,
+    UnsupportedModelError,
+)
 from tests.engine.loop import decide
 
 from . import runs

@@ -1,0 +1,1 @@
+"""What a Hugging Face model consists of; moves nothing, needs no data."""

@@ -1,0 +1,1 @@
+"""What a model needs and computes, without running it."""

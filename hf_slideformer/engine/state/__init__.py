@@ -1,0 +1,1 @@
+"""Where training state lives, and all that changes it."""

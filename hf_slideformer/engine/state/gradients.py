@@ -1,0 +1,535 @@
+"""Gradients on their way from a unit's backward to its update.
+
+Five paths, chosen per unit:
+
+* *own*: one micro-batch, deferred update. Copied in the weights' dtype into the unit's own host buffer.
+* *sum*: an earlier backward's gradient is there (accumulation, a second backward). Copied into a staging buffer and
+  added to the unit's fp32 sum by the update worker.
+* *part*: the layer ran more than once in what is differentiated now (looped transformers). As autograd does it for
+  parameters that it fills, what one backward gives is summed by itself first, in the gradient's dtype, and is then what
+  the other paths take: the same bits wherever the unit lives.
+* *to disk*: as *own*, for a unit whose gradients wait on disk: by way of a staging buffer into the unit's file.
+* *overlapped*: copied into a staging buffer, from which the update starts as soon as it has landed.
+
+In all but the last, `p.grad` is the host gradient, set when `backward` returns, so clipping by torch's own functions
+and edits by hand work; `p.grad is None` is the truth about whether a gradient is pending, as in torch.
+
+A backward may run inside of another (reentrant checkpointing around layers): each has its own landing gradients, and
+the outer one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import collections
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from slideformer_kernels import accumulate_, sum_of_squares
+
+from ...errors import StateError
+from ...memory.buffers import HostBuffer
+from ...memory.disk.desks import DiskState
+from ...memory.layout import Span
+from ...memory.limits import COPIES_IN_FLIGHT
+from ...memory.offload import TensorOffload
+from ...memory.pool import SlotPool
+from ...memory.staging import Staged, StagingBuffers
+from ...memory.transfer import Handle, Lane, compute_event
+from ...memory.unit_memory import grad_view
+from ...memory.worker import UpdateWorker
+from ...metrics import Metrics
+from ...optim.state import ParamState, UnitUpdate, set_gradient
+from .order import Tape
+from .unit import Unit
+
+# Sums run before updates: a buffer that the copy lane waits for is freed soonest.
+_SUM_PRIORITY = -1
+
+
+@dataclass(slots=True, eq=False)
+class _Landing:
+    """What one backward has given a unit so far.
+
+    `states` by order; `part` holds it where the unit's own buffer has what earlier backwards gave.
+    """
+
+    unit: Unit
+    states: dict[int, ParamState]
+    handles: list[Handle]
+    part: HostBuffer | None = None
+
+    @classmethod
+    def of(cls, unit: Unit, states: list[ParamState], *handles: Handle) -> _Landing:
+        return cls(unit, {state.order: state for state in states}, list(handles))
+
+
+@dataclass(slots=True, eq=False)
+class _Backward:
+    """One run of autograd, with what it has given units; `end` is alive as long as it is."""
+
+    task: int
+    end: weakref.ref[_End]
+    landing: dict[int, _Landing] = field(default_factory=dict)
+
+    def settle(self) -> None:
+        """Wait until nothing writes what it gave."""
+        for landing in self.landing.values():
+            for handle in landing.handles:
+                handle.settle()
+        self.landing.clear()
+
+
+class _End:
+    """What autograd calls at the end of a backward, and drops where it raised."""
+
+    __slots__ = ("__weakref__", "_gradients", "_task")
+
+    def __init__(self, gradients: Gradients, task: int) -> None:
+        self._gradients, self._task = gradients, task
+
+    def __call__(self) -> None:
+        self._gradients.finish(self._task)
+
+
+class Gradients:
+    """Receives units' gradients (see the module's text).
+
+    Args:
+        device: where gradients are produced.
+        lane: device-to-host lane.
+        worker: runs sums and overlapped updates.
+        pool: the slots; a unit's copy there goes stale when its update is enqueued.
+        offload: brings back an input that waits where a gradient is to land.
+        metrics: receives `d2h_bytes` and `wait_gradients_s`.
+        fp32_sums: host gradients are fp32 from the first micro-batch on.
+        overlapped: start the update as soon as gradients land.
+        staging: staging buffers, sized for the largest unit.
+        overlapped_update: called under `overlapped` with a unit and the parameters that have gradients; returns
+            their update, to be run by the worker.
+        take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
+            more is added to it.
+        units: those that stream.
+        disk: where units' files are; None if no state is on disk.
+        tape: the order of units in forward; starts anew when a backward is complete.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        lane: Lane,
+        worker: UpdateWorker,
+        pool: SlotPool,
+        offload: TensorOffload,
+        metrics: Metrics,
+        fp32_sums: bool,
+        overlapped: bool,
+        staging: StagingBuffers,
+        overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
+        take_scale: Callable[[ParamState], float],
+        units: Sequence[Unit],
+        disk: DiskState | None,
+        tape: Tape,
+    ) -> None:
+        self._device = device
+        self._lane = lane
+        self._worker = worker
+        self._pool = pool
+        self._offload = offload
+        self._metrics = metrics
+        self._fp32_sums = fp32_sums
+        self._overlapped = overlapped
+        self._staging = staging
+        self._overlapped_update = overlapped_update
+        self._take_scale = take_scale
+        self._disk = disk
+        self._tape = tape
+        self._units = units
+        # Those that run now, outermost first.
+        self._backwards: list[_Backward] = []
+        self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
+        # Sum of squares of a gradient as it landed, with the memory and version of `p.grad` that it belongs to.
+        self._squares: dict[int, tuple[torch.Tensor | float, tuple[int, int] | None]] = {}
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of staging buffers allocated now."""
+        return self._staging.host_bytes
+
+    # -- during backward -------------------------------------------------------------------------------------
+
+    def begin_unit(self, unit: Unit) -> None:
+        """Note that backward reached `unit`; the first one of a backward arranges for its end."""
+        task = torch._C._current_graph_task_id()
+        if not any(backward.task == task for backward in self._backwards):
+            self._forget_dead()
+            end = _End(self, task)
+            self._backwards.append(_Backward(task, weakref.ref(end)))
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+        if self._overlapped and unit.forwards_since_step != 1:
+            raise StateError(
+                f"{unit.name} ran forward {unit.forwards_since_step} times since the last step, but overlapped "
+                "updates need exactly one forward and one backward a step; use SlideConfig(update='deferred')"
+            )
+
+    def _forget_dead(self) -> None:
+        """Let go of backwards that raised and never finished: autograd has dropped what it was to call at their end."""
+        alive = [backward for backward in self._backwards if backward.end() is not None]
+        if not alive and self._backwards:
+            self.abandon()
+        for backward in self._backwards:
+            if backward not in alive:
+                backward.settle()
+        self._backwards = alive
+
+    def push(self, unit: Unit, grads: list[torch.Tensor | None]) -> None:
+        """Send a unit's gradients on their way. See `GradientSink`."""
+        trainable = [state for state in unit.states if state.spec.trainable]
+        present = [
+            (state, grad.contiguous())
+            for state, grad in zip(trainable, grads, strict=True)
+            if grad is not None
+        ]
+        states, tensors = [state for state, _ in present], [grad for _, grad in present]
+        if not tensors:
+            return
+        if self._overlapped:
+            handle = self._push_overlapped(unit, states, tensors)
+        else:
+            handle = self._push_deferred(unit, states, tensors)
+        self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in tensors))
+        # References are held until the copy is done: the stream that frees the memory waits for the copy first,
+        # two units later, when it is long over.
+        self._in_flight.append((handle, tensors))
+        while len(self._in_flight) > COPIES_IN_FLIGHT:
+            self._in_flight.popleft()[0].wait_stream()
+
+    def _push_deferred(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        landing = self._landing.get(unit.index)
+        if landing is not None:
+            return self._push_part(landing, states, tensors)
+        for outer in self._backwards[
+            :-1
+        ]:  # what it gave this unit before it was interrupted by this backward
+            if (earlier := outer.landing.pop(unit.index, None)) is not None:
+                self._land([earlier])
+        # What goes to disk is written over all of the unit's gradients, so that none of them may be there.
+        span = unit.memory.grads_span
+        written = states if span is None else unit.states
+        pending = any(state.param.grad is not None for state in written)
+        if pending and unit.open_calls:
+            landing = _Landing(unit, {}, [], self._part_buffer(unit))
+            self._landing[unit.index] = landing
+            return self._push_part(landing, states, tensors)
+        if self._fp32_sums or pending:
+            return self._push_sum(unit, states, tensors)
+        if span is not None:
+            return self._push_to_disk(unit, states, tensors, span)
+        return self._push_own(unit, states, tensors)
+
+    @property
+    def _landing(self) -> dict[int, _Landing]:
+        return self._backwards[-1].landing
+
+    def _push_own(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        unit.memory.allocate_gradients(fp32=False)
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), None)
+        targets = [unit.memory.gradient(state.segment) for state in states]
+        # The input of another run of this unit may still wait there (a layer used twice, two forwards in a row).
+        waiting = unit.waiting() if unit.waiting is not None else None
+        handle = self._copy(unit, targets, tensors, after=[self._offload.fetch(waiting)] if waiting else [])
+        self._landing[unit.index] = _Landing.of(unit, states, handle)
+        return handle
+
+    def _push_to_disk(
+        self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor], span: Span
+    ) -> Handle:
+        assert self._disk is not None
+        disk = self._disk
+        unit.memory.allocate_gradients(fp32=False)
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), None)
+        staged = self._staging.staged()
+
+        def write() -> None:
+            with staged.read() as buffer:
+                disk.write(unit.index, buffer, span)
+
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = disk.writes.submit(
+                f"gradients of {unit.name} to disk", write, after=(handle,), dropped=staged.drop
+            )
+        self._landing[unit.index] = _Landing.of(unit, states, handle, done)
+        return handle
+
+    def _push_sum(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        add = self._begin_sum(unit, states)
+        # Last of what may raise: from here on the sum owns a staging buffer.
+        staged = self._staging.staged()
+
+        def add_staged() -> None:
+            with staged.read() as buffer:
+                add(buffer, fp32=False)
+
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = self._submit_sum(unit, states, add_staged, after=(handle,), dropped=staged.drop)
+        self._landing[unit.index] = _Landing.of(unit, states, handle, done)
+        return handle
+
+    def _begin_sum(self, unit: Unit, states: list[ParamState]) -> Callable[..., None]:
+        """Make the unit's gradients an fp32 sum; returns what adds to it, from a buffer of gradients, in the worker."""
+        if not unit.memory.grads_fp32:
+            self._promote(unit)
+        earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
+        scales = {state.order: self._take_scale(state) for state in states}
+
+        def add(buffer: HostBuffer, *, fp32: bool) -> None:
+            for state in states:
+                source = grad_view(buffer, state.segment, fp32=fp32)
+                target = unit.memory.gradient(state.segment)
+                grad = earlier_grads.get(state.order)
+                if grad is None:
+                    target.copy_(source)
+                else:
+                    if grad.data_ptr() != target.data_ptr():  # someone set p.grad to a tensor of their own
+                        target.copy_(grad)
+                    if scales[state.order] != 1.0:
+                        target.mul_(scales[state.order])
+                    accumulate_(target, source)
+                self._squares[state.order] = (sum_of_squares(target), None)
+
+        return add
+
+    def _submit_sum(
+        self,
+        unit: Unit,
+        states: list[ParamState],
+        work: Callable[[], None],
+        after: Sequence[Handle],
+        dropped: Callable[[], None] | None = None,
+    ) -> Handle:
+        done = self._worker.submit(
+            f"gradient sum of {unit.name}", work, priority=_SUM_PRIORITY, after=after, dropped=dropped
+        )
+        for state in states:
+            state.param.grad = None  # part of the sum now; comes back with it
+        return done
+
+    def _part_buffer(self, unit: Unit) -> HostBuffer:
+        fp32 = unit.memory.grads_fp32
+        return HostBuffer(unit.layout.state_numel * 4 if fp32 else unit.layout.grad_bytes)
+
+    def _push_part(self, landing: _Landing, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        """One of several gradients that this backward gives a unit."""
+        unit, part = landing.unit, landing.part
+        there = dict(landing.states)
+        fp32 = unit.memory.grads_fp32
+        staged = self._staging.staged()
+
+        def add() -> None:
+            with staged.read() as buffer:
+                for state in states:
+                    source = grad_view(buffer, state.segment, fp32=False)
+                    target = (
+                        grad_view(part, state.segment, fp32=fp32)
+                        if part
+                        else unit.memory.gradient(state.segment)
+                    )
+                    if state.order not in there:
+                        target.copy_(source)
+                    elif target.dtype == torch.float32:
+                        accumulate_(target, source)
+                    else:
+                        target.add_(source)
+                    if part is None:
+                        self._squares[state.order] = (sum_of_squares(target), None)
+
+        with staged.dropped_on_error():
+            handle = self._copy_staged(unit, staged, states, tensors)
+            done = self._worker.submit(
+                f"gradient part of {unit.name}",
+                add,
+                priority=_SUM_PRIORITY,
+                after=(handle, *landing.handles),
+                dropped=staged.drop,
+            )
+        landing.states.update({state.order: state for state in states})
+        landing.handles += [handle, done]
+        return handle
+
+    def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+        for state, grad in zip(states, tensors, strict=True):
+            self._squares[state.order] = (sum_of_squares(grad), None)
+        unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
+        staged = self._staging.staged()
+
+        def update() -> None:
+            with staged.read() as buffer:
+                unit_update.run(buffer)
+
+        def drop() -> None:
+            unit_update.drop()
+            staged.drop()  # or a backward that waits for the buffer would wait for ever
+
+        try:
+            handle = self._copy_staged(unit, staged, states, tensors)
+            self._pool.invalidate_unit(unit.index)
+            unit.pending_update = self._worker.submit(
+                f"update of {unit.name}",
+                update,
+                priority=self._tape.place(unit.index),
+                after=(handle, *unit_update.after),
+                dropped=drop,
+            )
+        except BaseException:
+            drop()
+            raise
+        return handle
+
+    def _copy(
+        self, unit: Unit, targets: list[torch.Tensor], tensors: list[torch.Tensor], after: list[Handle]
+    ) -> Handle:
+        def copy() -> None:
+            for target, grad in zip(targets, tensors, strict=True):
+                target.copy_(grad, non_blocking=True)
+
+        return self._lane.submit(
+            f"gradients of {unit.name}", copy, after=after, after_events=(compute_event(self._device),)
+        )
+
+    def _copy_staged(
+        self, unit: Unit, staged: Staged, states: list[ParamState], tensors: list[torch.Tensor]
+    ) -> Handle:
+        def copy() -> None:
+            with staged.filled() as buffer:
+                for state, grad in zip(states, tensors, strict=True):
+                    grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
+
+        return self._lane.submit(
+            f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
+        )
+
+    def _promote(self, unit: Unit) -> None:
+        """Turn a unit's own gradients into an fp32 sum; a further micro-batch is coming."""
+        pending = [
+            (state, state.param.grad)
+            for state in unit.states
+            if state.spec.trainable and state.param.grad is not None
+        ]
+        scales = [
+            self._take_scale(state) for state, _ in pending
+        ]  # known by the gradient that is replaced here
+        unit.memory.allocate_gradients(fp32=True, from_device=False)
+        for (state, grad), scale in zip(pending, scales, strict=True):
+            target = unit.memory.gradient(state.segment)
+            target.copy_(grad).mul_(scale)
+            set_gradient(state, target)
+
+    # -- end of backward -------------------------------------------------------------------------------------
+
+    def finish(self, task: int) -> None:
+        """Runs when autograd is through: every host gradient is in place when `backward` returns.
+
+        Raises:
+            StateError: a gradient reached a weight past its layer, whose overlapped update has been made without it.
+        """
+        ended = [backward for backward in self._backwards if backward.task == task]
+        with self._metrics.timed("wait_gradients_s"):
+            for backward in ended:
+                self._land(list(backward.landing.values()))
+        self._backwards = [backward for backward in self._backwards if backward not in ended]
+        if self._backwards:
+            return
+        if not self._overlapped:
+            while self._in_flight:  # all landed: nothing on the device waits for a copy any more
+                self._in_flight.popleft()
+        self._tape.restart()
+        self.check_used_up()
+
+    def check_used_up(self) -> None:
+        """Under overlapped updates, raise `StateError` if a streamed weight has a gradient that no update used."""
+        if not self._overlapped:
+            return
+        left = [state.name for unit in self._units for state in unit.states if state.param.grad is not None]
+        if left:
+            raise StateError(
+                f"{left[0]} (one of {len(left)}) got a gradient past its layer, by a penalty on weights or a use of "
+                "them elsewhere, but overlapped updates take what the layer gives as soon as it is there, so it would "
+                "be dropped; load the model anew and use SlideConfig(update='deferred')"
+            )
+
+    def _land(self, landings: list[_Landing]) -> None:
+        """Bring what a backward gave into `p.grad`."""
+        for landing in landings:
+            if landing.part is not None:
+                self._add_part(landing, landing.part)
+        for landing in landings:
+            self._assign(landing)
+
+    def _add_part(self, landing: _Landing, part: HostBuffer) -> None:
+        """Add what this backward gave to what earlier ones did."""
+        unit, states = landing.unit, list(landing.states.values())
+        fp32 = unit.memory.grads_fp32
+        add = self._begin_sum(unit, states)
+        landing.handles.append(
+            self._submit_sum(unit, states, lambda: add(part, fp32=fp32), after=tuple(landing.handles))
+        )
+
+    def _assign(self, landing: _Landing) -> None:
+        unit = landing.unit
+        for handle in landing.handles:
+            handle.wait_host()
+        with torch.no_grad():
+            for state in landing.states.values():
+                place, other = unit.memory.gradient(state.segment), state.param.grad
+                if other is not None:  # reached the parameter past the unit in the same backward
+                    place.add_(other)
+                    self._squares.pop(state.order, None)
+                set_gradient(state, place)
+                if other is None:
+                    self._squares[state.order] = (self._squares[state.order][0], _identity(place))
+
+    def abandon(self) -> None:
+        """Forget gradients of a backward that did not finish, once nothing is writing them."""
+        for backward in self._backwards:
+            backward.settle()
+        for handle, _ in self._in_flight:
+            handle.settle()
+        self._in_flight.clear()
+        self._squares.clear()
+        self._backwards = []
+
+    # -- norms -----------------------------------------------------------------------------------------------
+
+    def squared_norm(self, state: ParamState) -> torch.Tensor | float:
+        """Sum of squares of a parameter's pending gradient: a float, or a 0-dim float64 device tensor.
+
+        Taken from when the gradient landed if nobody has changed it since.
+        """
+        grad = state.param.grad
+        known = self._squares.get(state.order)
+        if known is not None and (grad is None or known[1] == _identity(grad)):
+            return known[0]
+        assert grad is not None
+        return sum_of_squares(grad.detach().contiguous())
+
+    def note_norm(self, state: ParamState, grad: torch.Tensor) -> None:
+        """Take the sum of squares of a gradient that is about to be used up."""
+        self._squares[state.order] = (sum_of_squares(grad.contiguous()), None)
+
+    def landed(self, state: ParamState) -> bool:
+        """Whether the parameter has a gradient in this step (pending or already used by an overlapped update)."""
+        return state.param.grad is not None or (self._overlapped and state.order in self._squares)
+
+    def forget_norms(self) -> None:
+        """Called after the step that used them."""
+        self._squares.clear()
+
+
+def _identity(grad: torch.Tensor) -> tuple[int, int]:
+    return grad.data_ptr(), grad._version

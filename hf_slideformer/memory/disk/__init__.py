@@ -1,0 +1,1 @@
+"""State in files, and the host buffers that it passes through."""
