@@ -4,9 +4,10 @@ Trainer's own code decides when a checkpoint is written and what is in it. It is
 its place once it is whole, optimizer state and weights are written from where they live, and what is read is checked.
 
 Between a step and the next only small files are written. Tensors follow in a thread beside the next steps, whose
-updates wait for them (`engine/state/snapshot.py`). Whoever may look at the checkpoint, or change what it is of, waits until it is
-in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of training. Where
-code of others takes part in saving nothing overlaps, and files are written when the methods that write them return.
+updates wait for them (`engine/state/snapshot.py`). Whoever may look at the checkpoint, or change what it is of, waits
+until it is in its place: callbacks that are not transformers' own, `on_save` of any, the next save, and the end of
+training. Where code of others takes part in saving nothing overlaps, and files are written when the methods that write
+them return.
 """
 
 from __future__ import annotations
