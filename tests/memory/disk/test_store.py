@@ -63,7 +63,7 @@ def make_store(tmp_path, metrics, ops):
             if cached:
                 ops.fail("set_direct", errno.EINVAL)
             with quiet():
-                store = DiskStore(paths, metrics=metrics, ops=ops, **options)
+                store = DiskStore(paths, metrics=metrics, calls=ops, **options)
             stack.callback(store.close)
             return store
 
@@ -605,7 +605,7 @@ def test_a_directory_that_takes_no_files(tmp_path, metrics, ops, number, remedy)
     ops.fail("open", number)
     pattern = rf"{tmp_path}: .*\({errno.errorcode[number]}\); .*{remedy}"
     with pytest.raises(DiskError, match=pattern) as caught:
-        DiskStore([tmp_path], metrics=metrics, ops=ops)
+        DiskStore([tmp_path], metrics=metrics, calls=ops)
     assert caught.value.errno == number
     assert isinstance(caught.value, OSError) and isinstance(caught.value, SlideFormerError)
 
@@ -723,7 +723,7 @@ def test_without_direct_access_one_warning_and_the_right_bytes(tmp_path, metrics
     other.mkdir()
     ops.fail(refusing, errno.EINVAL, times=1)  # the first directory only
     with pytest.warns(RuntimeWarning, match="O_DIRECT") as warned:
-        store = DiskStore([tmp_path, other], metrics=metrics, ops=ops, chunk_bytes=PAGE)
+        store = DiskStore([tmp_path, other], metrics=metrics, calls=ops, chunk_bytes=PAGE)
     assert len(warned) == 1
     assert str(warned[0].message).startswith(f"{tmp_path}")
     assert warned[0].filename == __file__
