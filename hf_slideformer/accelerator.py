@@ -12,7 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from .checkpoint import (
 from .config import SlideConfig
 from .engine.engine import SlideEngine, engine_of, engines_of
 from .engine.model.batch_shape import BatchShape, find_batch_shape, max_positions
+from .engine.model.setup import Setup
 from .engine.planning import NOTHING_KNOWN_OF_BATCHES, plans_activations
 from .engine.state.clipping import clip_grad_norm_
 from .errors import (
@@ -54,7 +55,8 @@ from .errors import (
     StateError,
     UnsupportedModelError,
 )
-from .optim import SlideAdamW
+from .optim import SlideOptimizer, adopt, check_adoptable
+from .optim.rule import UpdateRule
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +92,9 @@ class SlideAccelerator(Accelerator):
         UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
     """
 
-    _slide_config: SlideConfig | None = None
-    _slide_micro_batches = 1
-    _slide_shape: BatchShape | None = None
+    _slide_plugin_config: SlideConfig | None = None
+    _slide_setup: Setup | None = None
     _slide_shape_is_of_a_loader = False
-    _slide_overlap_is_exact = False
-    _slide_bf16: bool | None = None
     # Says of a model that is prepared for evaluation whether training follows; Trainer evaluates before it trains.
     _slide_will_train: Callable[[torch.nn.Module], bool] = staticmethod(lambda model: False)
     # Whether a Trainer is in the middle of training, when no model may leave its engine.
@@ -109,7 +108,24 @@ class SlideAccelerator(Accelerator):
         _check_asked(kwargs)  # Accelerate drops plugins without a word where there is one process
         super().__init__(*args, **kwargs)
         check_environment(self)
-        self._slide_config = SlideConfig.of(plugin.config)
+        self._slide_plugin_config = SlideConfig.of(plugin.config)
+
+    @property
+    def slide_setup(self) -> Setup:
+        """What the next model is prepared with, as far as it is known without the model and its optimizer.
+
+        Raises:
+            UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
+        """
+        if self._slide_setup is None:
+            check_environment(self)
+            # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
+            self._slide_setup = Setup(
+                device=self.device,
+                bf16=self.mixed_precision == "bf16",
+                config=self._slide_plugin_config or SlideConfig(),
+            )
+        return self._slide_setup
 
     def configure_slide(
         self,
@@ -117,6 +133,7 @@ class SlideAccelerator(Accelerator):
         *,
         micro_batches: int,
         overlap_is_exact: bool,
+        rule: UpdateRule | None = None,
         shape: BatchShape | None = None,
     ) -> None:
         """Set how the next model is streamed.
@@ -125,19 +142,21 @@ class SlideAccelerator(Accelerator):
             config: the user's settings.
             micro_batches: backwards that make a step.
             overlap_is_exact: no clipping and one backward a step.
+            rule: of the optimizer that will be prepared with the model, if that is known.
             shape: of micro-batches; None finds it from a data loader that is prepared with the model.
 
         Raises:
             UnsupportedModelError: a launch mode or precision that cannot be combined with streaming.
         """
         check_environment(self)
-        self._slide_config = config
-        self._slide_micro_batches = micro_batches
-        self._slide_shape = shape
-        self._slide_overlap_is_exact = overlap_is_exact
-        # Accelerate keeps precision in state that all accelerators of the process share; this one's is fixed now.
-        if self._slide_bf16 is None:
-            self._slide_bf16 = self.mixed_precision == "bf16"
+        self._slide_setup = replace(
+            self.slide_setup,
+            config=config,
+            micro_batches=micro_batches,
+            overlap_is_exact=overlap_is_exact,
+            rule=rule,
+            shape=shape,
+        )
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """As in Accelerate; models are streamed, and an optimizer of their parameters is connected to them.
@@ -158,7 +177,7 @@ class SlideAccelerator(Accelerator):
         models = [obj for obj in args if isinstance(obj, torch.nn.Module)]
         optimizers = [_unwrapped(obj) for obj in args if isinstance(obj, torch.optim.Optimizer)]
         for obj in args:
-            if isinstance(obj, torch.utils.data.DataLoader) and self._slide_shape is None:
+            if isinstance(obj, torch.utils.data.DataLoader) and self.slide_setup.shape is None:
                 self.count_on_batches(
                     obj.dataset, obj.batch_size, models[0] if models else None, collate=obj.collate_fn
                 )
@@ -206,30 +225,12 @@ class SlideAccelerator(Accelerator):
         Where it has one that was made for other parameters or settings, the model leaves that first. An optimizer of
         those `given`, or otherwise of those that are prepared, goes on with its state.
         """
-        if self._slide_bf16 is None:
-            self.configure_slide(
-                self._slide_config or SlideConfig(),
-                micro_batches=1,
-                overlap_is_exact=False,
-                shape=self._slide_shape,
-            )
-        settings: dict[str, Any] = {
-            "bf16": bool(self._slide_bf16),
-            "config": self._slide_config or SlideConfig(),
-            "micro_batches": max(self._slide_micro_batches, self.gradient_accumulation_steps),
-            "overlap_is_exact": self._slide_overlap_is_exact,
-        }
-        engine, carried = self._slide_fitting(model, for_training, evaluation_mode, given, settings)
+        setup = self._slide_setup_for(model, given)
+        engine, carried = self._slide_fitting(model, for_training, evaluation_mode, given, setup)
         if engine is None:
-            engine = SlideEngine(
-                model,
-                device=self.device,
-                for_training=for_training,
-                read_only=evaluation_mode and not self._slide_will_train(model),
-                shape=self._slide_shape,
-                taken=self.slide_taken(),
-                **settings,
-            )
+            read_only = evaluation_mode and not self._slide_will_train(model)
+            setup = replace(setup, read_only=read_only, taken=self.slide_taken())
+            engine = SlideEngine(model, setup, for_training=for_training)
             if engine.read_only:
                 self._slide_references = (*self._slide_references, weakref.ref(engine))
             this = weakref.ref(self)
@@ -245,14 +246,26 @@ class SlideAccelerator(Accelerator):
             optimizer.load_state_dict(saved)
         self._slide_connect()
 
+    def _slide_setup_for(self, model: torch.nn.Module, given: Iterable[torch.optim.Optimizer]) -> Setup:
+        """What `model` is prepared with, by the optimizer that has its parameters, if one does."""
+        setup = self.slide_setup
+        known = [*given, *map(_unwrapped, self._optimizers)]
+        optimizer = next((one for one in known if _shares_parameters(one, model)), None)
+        rule = setup.rule
+        if optimizer is not None:
+            kind = check_adoptable(optimizer)
+            rule = kind.rule_for(optimizer.param_groups, setup.config.optimizer_states)
+        micro_batches = max(setup.micro_batches, self.gradient_accumulation_steps)
+        return replace(setup, micro_batches=micro_batches, rule=rule)
+
     def _slide_fitting(
         self,
         model: torch.nn.Module,
         for_training: bool,
         evaluation_mode: bool,
         given: Iterable[torch.optim.Optimizer],
-        settings: dict[str, Any],
-    ) -> tuple[SlideEngine | None, list[tuple[SlideAdamW, dict[str, Any]]]]:
+        setup: Setup,
+    ) -> tuple[SlideEngine | None, list[tuple[SlideOptimizer, dict[str, Any]]]]:
         """The engine that fits `model`; None if there is none, any more, and state that optimizers go on with.
 
         Raises:
@@ -262,7 +275,7 @@ class SlideAccelerator(Accelerator):
         if not engines:
             return None, []
         engine = engines[0]
-        other = "" if evaluation_mode else engine.other_setting(**settings)
+        other = "" if evaluation_mode else engine.setup.difference(setup)
         if len(engines) == 1 and not other and engine.fits(model, training=not evaluation_mode):
             return engine, []
         if for_training and engine.read_only and not any(p.requires_grad for p in model.parameters()):
@@ -275,7 +288,7 @@ class SlideAccelerator(Accelerator):
         going_on = [
             optimizer
             for optimizer in known
-            if isinstance(optimizer, SlideAdamW) and any(map(optimizer.is_bound_to, engines))
+            if isinstance(optimizer, SlideOptimizer) and any(map(optimizer.is_bound_to, engines))
         ]
         if going_on and any(engine.disk_bytes for engine in engines):
             raise StateError(
@@ -295,12 +308,14 @@ class SlideAccelerator(Accelerator):
             models = [model for model in self._models if _shares_parameters(wrapped.optimizer, model)]
             if not models:
                 continue
-            wrapped.optimizer = SlideAdamW.adopt(wrapped.optimizer)
+            wrapped.optimizer = adopt(wrapped.optimizer)
             if wrapped.optimizer.is_bound:
                 continue
             engines = [(engine_of(model), model) for model in models]
             engine = next((one for one, model in engines if one and one.fits(model, training=True)), None)
-            if engine is None:  # parameters have changed since the model was prepared
+            setup = self._slide_setup_for(models[0], [wrapped.optimizer])
+            # Parameters have changed since the model was prepared, or it was prepared for another optimizer.
+            if engine is None or engine.setup.difference(replace(engine.setup, rule=setup.rule)):
                 self._slide_stream(models[0], for_training=True, given=[wrapped.optimizer])
                 continue
             engine.attach_optimizer(wrapped.optimizer)
@@ -335,15 +350,16 @@ class SlideAccelerator(Accelerator):
             model: to be trained, if it is known already.
             collate: makes batches of samples.
         """
-        config = self._slide_config or SlideConfig()
+        config = self.slide_setup.config
         if batch_size is not None and plans_activations(self.device, config):
-            self._slide_shape = find_batch_shape(
+            shape = find_batch_shape(
                 dataset,
                 batch_size=batch_size,
                 seq_len=config.seq_len,
                 max_positions=max_positions(getattr(model, "config", None)),
                 collate=collate,
             )
+            self._slide_setup = replace(self.slide_setup, shape=shape)
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
@@ -398,7 +414,8 @@ class SlideAccelerator(Accelerator):
     def free_memory(self, *objects: Any) -> list[Any]:
         """As in Accelerate; the next plan counts on the batches of a data loader that is prepared from now on."""
         if self._slide_shape_is_of_a_loader:
-            self._slide_shape, self._slide_shape_is_of_a_loader = None, False
+            self._slide_setup = replace(self.slide_setup, shape=None)
+            self._slide_shape_is_of_a_loader = False
         return super().free_memory(*objects)
 
     def end_training(self) -> None:
@@ -586,7 +603,7 @@ class SlideAccelerator(Accelerator):
             and all(_is_optimizer(optimizer) for optimizer in self._optimizers)
         )
 
-    def _slide_engine_of(self, optimizer: SlideAdamW) -> SlideEngine:
+    def _slide_engine_of(self, optimizer: SlideOptimizer) -> SlideEngine:
         param = optimizer.param_groups[0]["params"][0]
         return next(
             engine for engine in map(engine_of, self._models) if engine is not None and engine.owns(param)
@@ -629,7 +646,7 @@ def _ending(index: int) -> str:
 
 
 def _is_optimizer(obj: Any) -> bool:
-    return isinstance(getattr(obj, "optimizer", None), SlideAdamW)
+    return isinstance(getattr(obj, "optimizer", None), SlideOptimizer)
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -658,7 +675,8 @@ def _check_optimizers(model: torch.nn.Module, optimizers: Iterable[torch.optim.O
     """Refuse optimizers of a model's parameters that cannot train it.
 
     Raises:
-        UnsupportedModelError: another optimizer than AdamW, one with parameters of something else, or two of them.
+        UnsupportedModelError: an optimizer of another kind than those of `optim`, one with parameters of something
+            else, or two of them.
     """
     own = {id(param) for param in model.parameters()}
     seen: list[tuple[set[int], bool]] = []
@@ -667,14 +685,14 @@ def _check_optimizers(model: torch.nn.Module, optimizers: Iterable[torch.optim.O
         given = {id(param) for param in params}
         if given.isdisjoint(own):
             continue
-        SlideAdamW.check_adoptable(optimizer)
+        check_adoptable(optimizer)
         others = [tuple(param.shape) for param in params if id(param) not in own]
         if others:
             raise UnsupportedModelError(
                 f"{len(others)} of the optimizer's {len(params)} parameters, the first of shape {others[0]}, are not "
                 f"in the {type(model).__name__} that the others are in; make one optimizer for each model"
             )
-        bound = isinstance(optimizer, SlideAdamW) and optimizer.is_bound
+        bound = isinstance(optimizer, SlideOptimizer) and optimizer.is_bound
         # A new one may take the place of one that has trained the same parameters.
         if any(given.isdisjoint(earlier) or not (bound or was_bound) for earlier, was_bound in seen):
             raise UnsupportedModelError(

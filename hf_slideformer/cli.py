@@ -28,11 +28,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from .engine.model.batch_shape import BatchShape
     from .engine.model.blueprint import Blueprint
+    from .engine.model.setup import Setup
     from .engine.planning import Planned
     from .machine.hardware import Hardware
     from .planner.plan import Plan
@@ -171,10 +171,7 @@ def _plan_quietly(options: argparse.Namespace, wanted: _Training) -> int:
         planned = plan_for(
             asked.model,
             asked.blueprint,
-            device=asked.device,
-            bf16=wanted.bf16,
-            config=wanted.settings,
-            shape=asked.shape,
+            asked.setup,
             liger=asked.liger,
             hardware=asked.hardware,
             budgets=asked.budgets,
@@ -278,6 +275,7 @@ class _Asked:
     budgets: Budgets
     model: nn.Module
     blueprint: Blueprint
+    setup: Setup
     shape: BatchShape
     notes: list[str]
 
@@ -297,6 +295,7 @@ class _Asked:
 
         from .engine.model.batch_shape import DEFAULT_SEQ_LEN, BatchShape, max_positions
         from .engine.model.blueprint import Blueprint
+        from .engine.model.setup import Setup
         from .engine.model.source import load_config, model_without_data
 
         hardware, budgets, notes = _machine(options.hardware, training)
@@ -318,14 +317,16 @@ class _Asked:
                 f"the model says that it takes {longest:,} tokens at most; the plan is for {seq_len:,}"
             )
         said = "as --seq-len says" if training.settings.seq_len else "the default of --seq-len"
-        blueprint = Blueprint.of(
-            model,
+        shape = BatchShape(training.batch_size, seq_len, f"sequences of up to {seq_len:,} tokens, {said}")
+        setup = Setup(
+            device=torch.device("cuda" if hardware.gpu else "cpu"),
             bf16=training.bf16,
             config=training.settings,
             micro_batches=training.micro_batches,
             overlap_is_exact=training.max_grad_norm == 0 and training.micro_batches == 1,
-            on_gpu=hardware.gpu is not None,
+            shape=shape,
         )
+        blueprint = Blueprint.of(model, setup)
         if getattr(config, "dtype", None) == dtype:
             # `from_pretrained` maps such weights; fused experts, which have three dimensions, it makes anew.
             mapped = {spec.name for spec in blueprint.specs.values() if len(spec.shape) <= 2}
@@ -337,15 +338,10 @@ class _Asked:
             budgets=budgets,
             model=model,
             blueprint=blueprint,
-            shape=BatchShape(training.batch_size, seq_len, f"sequences of up to {seq_len:,} tokens, {said}"),
+            setup=setup,
+            shape=shape,
             notes=notes,
         )
-
-    @property
-    def device(self) -> torch.device:
-        import torch
-
-        return torch.device("cuda" if self.hardware.gpu else "cpu")
 
     def workload(self) -> Workload:
         """What the planner is asked about, where there is a GPU."""
@@ -354,8 +350,7 @@ class _Asked:
         profile_for = profiler(
             self.model,
             self.blueprint,
-            device=self.device,
-            bf16=self.training.bf16,
+            self.setup,
             seq_len=self.shape.seq_len,
             liger=self.liger,
         )
@@ -402,6 +397,7 @@ def _machine(name: str | None, training: _Training) -> tuple[Hardware, Budgets, 
     """The machine with the sizes that were asked for, what may be used of it, and what to say about it."""
     import torch
 
+    from .engine.model.setup import Setup
     from .engine.planning import find_budgets
     from .machine.probe import hardware_of_this_machine, named_hardware
     from .planner.workload import Budgets
@@ -413,7 +409,7 @@ def _machine(name: str | None, training: _Training) -> tuple[Hardware, Budgets, 
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         hardware = hardware_of_this_machine(device)
-        there = find_budgets(SlideConfig(), device)
+        there = find_budgets(Setup(device=device, bf16=True))
         for flag, size, free in (
             ("--gpu", training.gpu if hardware.gpu else None, there.gpu),
             ("--ram", training.ram, there.ram),

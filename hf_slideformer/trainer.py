@@ -6,6 +6,8 @@ are Trainer's own code.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -28,21 +30,21 @@ from .config import SlideConfig
 from .engine.engine import SlideEngine, engine_of
 from .engine.model.blueprint import Blueprint
 from .engine.model.head import liger_settings
+from .engine.model.setup import Setup
 from .engine.model.units import check_has_data
 from .engine.planning import Planned, plan_for
 from .engine.reference_model import follow
 from .engine.run.deferred_logits import DeferredLogits
 from .errors import ConfigError, SlideFormerError, UnsupportedModelError
 from .metrics import Metrics
-from .optim import SlideAdamW
+from .optim import SlideOptimizer, check_adoptable, check_class, check_name, optimizer_class
+from .optim.rule import UpdateRule
 from .planner.plan import Plan
 from .trainer_checkpoints import CheckpointMixin
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "slideformer_plan.json"
-
-_OPTIMIZERS = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
 class SlideStatus:
@@ -133,6 +135,7 @@ class SlideTrainerMixin(CheckpointMixin):
         self.slide = SlideStatus(self)
         self._in_training = False
         super().__init__(*args, **kwargs)
+        self._configure_accelerator()  # the optimizer is known by now
         self._check_before_streaming()
         if self.slide.engine is None:  # a model that streams already has its place
             self._planned()  # refuses what does not fit
@@ -196,7 +199,8 @@ class SlideTrainerMixin(CheckpointMixin):
             self._slide_config,
             micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
-            shape=self.accelerator._slide_shape,
+            rule=self._rule(),
+            shape=self.accelerator.slide_setup.shape,
         )
 
     def _count_on_batches(self) -> None:
@@ -207,25 +211,23 @@ class SlideTrainerMixin(CheckpointMixin):
     def _overlap_is_exact(self) -> bool:
         return self.args.max_grad_norm in (None, 0) and self.args.gradient_accumulation_steps == 1
 
-    def _blueprint(self) -> Blueprint:
-        return Blueprint.of(
-            self.model,
-            bf16=bool(self.accelerator._slide_bf16),
+    def _setup(self) -> Setup:
+        """What training would be prepared with now."""
+        return dataclasses.replace(
+            self.accelerator.slide_setup,
             config=self._slide_config,
             micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
-            on_gpu=self.accelerator.device.type == "cuda",
+            rule=self._rule(),
+            taken=self.accelerator.slide_taken(),
         )
 
     def _planned(self) -> Planned:
+        setup = self._setup()
         return plan_for(
             self.model,
-            self._blueprint(),
-            device=self.accelerator.device,
-            bf16=bool(self.accelerator._slide_bf16),
-            config=self._slide_config,
-            shape=self.accelerator._slide_shape,
-            taken=self.accelerator.slide_taken(),
+            Blueprint.of(self.model, setup),
+            setup,
             liger=self._liger_config() if self.args.use_liger_kernel else None,
         )
 
@@ -245,11 +247,7 @@ class SlideTrainerMixin(CheckpointMixin):
             raise UnsupportedModelError(
                 "hf_slideformer places the training state itself; remove deepspeed= and fsdp= from TrainingArguments"
             )
-        if OptimizerNames(args.optim) not in _OPTIMIZERS:
-            raise UnsupportedModelError(
-                f"optim={str(args.optim)!r} cannot update streamed parameters; use "
-                + " or ".join(repr(str(name.value)) for name in _OPTIMIZERS)
-            )
+        check_name(OptimizerNames(args.optim).value)
         if args.bf16_full_eval and not args.bf16:
             raise UnsupportedModelError(
                 "bf16_full_eval=True without bf16=True would cast the training state; use bf16=True, or load the "
@@ -286,34 +284,52 @@ class SlideTrainerMixin(CheckpointMixin):
 
     def _check_optimizer(self) -> None:
         if self.optimizer is not None:
-            SlideAdamW.check_adoptable(self.optimizer)
+            check_adoptable(self.optimizer)
         if self.optimizer_cls_and_kwargs is not None:
-            cls, kwargs = self.optimizer_cls_and_kwargs
-            if cls not in (torch.optim.AdamW, SlideAdamW):
-                raise UnsupportedModelError(
-                    f"{getattr(cls, '__name__', cls)} cannot update streamed parameters; use torch.optim.AdamW or "
-                    "SlideAdamW"
-                )
-            SlideAdamW.check_options(kwargs)
+            check_class(*self.optimizer_cls_and_kwargs)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Nothing to move: the engine places the model when it is prepared."""
 
     # -- optimizer -------------------------------------------------------------------------------------------
 
+    def _chosen_optimizer(self) -> tuple[type[SlideOptimizer], dict[str, Any]]:
+        """The class that the arguments name, and its hyperparameters."""
+        given: tuple[type, dict[str, Any]] | None = getattr(self, "optimizer_cls_and_kwargs", None)
+        if given is not None:
+            kind, theirs = check_class(*given), given[1]
+            kwargs = dict[str, Any]()
+        else:
+            kind = check_name(OptimizerNames(self.args.optim).value)
+            kwargs = kind.arguments_of(self.args)
+            # Of an optimizer that is not torch's, Trainer would look for the package that it is from.
+            theirs = {}
+            if kind.same_as is not None:
+                _, theirs = self.get_optimizer_cls_and_kwargs(self.args, getattr(self, "model", None))
+        # What is left out are switches of torch's loops, and options that were checked to be off.
+        known = inspect.signature(kind).parameters
+        return kind, kwargs | {name: value for name, value in theirs.items() if name in known}
+
+    def _rule(self) -> UpdateRule:
+        """How parameters will be updated."""
+        states = self._slide_config.optimizer_states
+        optimizer = getattr(self, "optimizer", None)
+        inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper of a run before
+        if inner is not None:
+            kind = optimizer_class(type(inner)) or check_adoptable(inner)
+            return kind.rule_for(inner.param_groups, states)
+        kind, kwargs = self._chosen_optimizer()
+        return kind.rule_for([kwargs], states)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`SlideAdamW` over the groups that Trainer makes (weight decay and none)."""
+        """The optimizer that the arguments name, over the groups that Trainer makes (weight decay and none)."""
+        given = self.optimizer_cls_and_kwargs
         if self.optimizer is None:
-            given: tuple[type, dict[str, Any]] | None = self.optimizer_cls_and_kwargs
-            _, kwargs = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            # What is left out are AdamW's switches for its own loops, and options that were checked to be off.
-            known = {key: kwargs[key] for key in ("lr", "betas", "eps", "weight_decay") if key in kwargs}
-            self.optimizer_cls_and_kwargs = (SlideAdamW, known)
-            try:
-                return super().create_optimizer() if model is None else super().create_optimizer(model)
-            finally:
-                self.optimizer_cls_and_kwargs = given
-        return super().create_optimizer() if model is None else super().create_optimizer(model)
+            self.optimizer_cls_and_kwargs = self._chosen_optimizer()
+        try:
+            return super().create_optimizer() if model is None else super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
     # -- training --------------------------------------------------------------------------------------------
 
@@ -342,7 +358,11 @@ class SlideTrainerMixin(CheckpointMixin):
 
     def _fuses_loss(self) -> bool:
         engine = self.slide.engine
-        return engine.fuses_loss if engine is not None else self._blueprint().head.module is not None
+        return (
+            engine.fuses_loss
+            if engine is not None
+            else Blueprint.of(self.model, self._setup()).head.module is not None
+        )
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As in Trainer; an exception (out of memory, Ctrl-C) leaves the engine usable."""

@@ -53,7 +53,7 @@ from .checkpoint import (
 )
 from .config import SlideConfig
 from .errors import CheckpointError, DiskError, SlideFormerError
-from .optim import SlideAdamW
+from .optim import SlideOptimizer
 
 # The mixin's methods call those of the Trainer class that it is put in front of.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
@@ -492,10 +492,10 @@ class CheckpointMixin(_Trainer):
         return super()._run_epoch(*args, **kwargs)
 
 
-def _slide_optimizer(optimizer: Any) -> SlideAdamW | None:
+def _slide_optimizer(optimizer: Any) -> SlideOptimizer | None:
     """The optimizer behind Accelerate's wrapper, if it is ours."""
     inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, SlideAdamW) else None
+    return inner if isinstance(inner, SlideOptimizer) else None
 
 
 # Loggers of transformers that do nothing with a checkpoint unless they are asked to, and what says so.

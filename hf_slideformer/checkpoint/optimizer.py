@@ -19,8 +19,9 @@ from torch import nn
 from ..engine.engine import SlideEngine
 from ..engine.state.snapshot import HeldState
 from ..errors import CheckpointError
-from ..memory.layout import MOMENT_FORMATS, moment_format_of
 from ..optim.adamw import SlideAdamW
+from ..optim.optimizer import SlideOptimizer
+from ..optim.rule import saved_format
 from ..optim.state import ParamState
 from .directory import SavedCheckpoint
 from .files import Writer
@@ -45,22 +46,22 @@ def _file_of(group: int, held: HeldState) -> str:
     return OUTSIDE_FILE if group == len(held.groups) - 1 else f"unit-{group:05d}.safetensors"
 
 
-def _optimized(optimizer: SlideAdamW) -> set[int]:
+def _optimized(optimizer: SlideOptimizer) -> set[int]:
     return {id(param) for group in optimizer.param_groups for param in group["params"]}
 
 
-def optimizer_bytes(engine: SlideEngine, optimizer: SlideAdamW) -> int:
+def optimizer_bytes(engine: SlideEngine, optimizer: SlideOptimizer) -> int:
     """Bytes that `save_optimizer` will write, headers and index left out."""
     optimized = _optimized(optimizer)
     return sum(
-        state.moment_format.nbytes(state.spec.numel) + 2 * state.spec.numel * state.spec.split
+        state.rule.format.nbytes(state.spec.numel) + 2 * state.spec.numel * state.spec.split
         for state in engine.states
-        if id(state.param) in optimized and state.moment_format is not None
+        if id(state.param) in optimized and state.rule is not None
     )
 
 
 def _entries(state: ParamState, group: int, held: HeldState) -> list[TensorEntry]:
-    moments = state.moment_format.parts if state.moment_format is not None else ()
+    moments = state.rule.format.parts if state.rule is not None else ()
     kinds = [(part.name, part.dtype, tuple(part.shape(state.spec))) for part in moments]
     if state.spec.split:
         kinds.append((_RESIDUAL, torch.int16, tuple(state.spec.shape)))
@@ -78,7 +79,7 @@ def _entries(state: ParamState, group: int, held: HeldState) -> list[TensorEntry
 
 
 def save_optimizer(
-    engine: SlideEngine, optimizer: SlideAdamW, directory: Path, tensors: TensorFiles, writer: Writer
+    engine: SlideEngine, optimizer: SlideOptimizer, directory: Path, tensors: TensorFiles, writer: Writer
 ) -> None:
     """Write the index of the state of `optimizer` to `directory`, and have its tensors written with `tensors`.
 
@@ -95,7 +96,7 @@ def save_optimizer(
         file, entries = _file_of(group, held), []
         for state in states:
             entry = {"shape": list(state.spec.shape), "trainable": state.spec.trainable}
-            if id(state.param) in optimized and state.moment_format is not None:
+            if id(state.param) in optimized and state.rule is not None:
                 entry.update(step=held.steps[state.order], file=file)
                 entries += _entries(state, group, held)
             parameters[state.name] = entry
@@ -108,10 +109,12 @@ def save_optimizer(
         }
         for group in optimizer.param_groups
     ]
-    moments = next((s.moment_format.name for s in engine.states if s.moment_format is not None), None)
+    rule = engine.setup.update_rule
+    trained = any(state.rule is not None for state in engine.states)
     index = {
         "format_version": FORMAT_VERSION,
-        "moments": moments,
+        "rule": rule.name,
+        "moments": rule.format.name if trained else None,
         "groups": groups,
         "parameters": parameters,
     }
@@ -158,6 +161,8 @@ class SavedOptimizer:
             )
         self._groups: list[dict[str, Any]] = index["groups"]
         self._parameters: dict[str, dict[str, Any]] = index["parameters"]
+        # Indices of before there was another rule do not name it.
+        self._rule: str = index.get("rule", SlideAdamW.rule_name)
 
     @staticmethod
     def exists(path: Path, folder: str = OPTIMIZER_FOLDER) -> bool:
@@ -170,7 +175,7 @@ class SavedOptimizer:
         saved = {n: (tuple(v["shape"]), v["trainable"]) for n, v in self._parameters.items()}
         check_same_parameters(self._checkpoint.path, saved, have)
 
-    def load(self, engine: SlideEngine, optimizer: SlideAdamW) -> None:
+    def load(self, engine: SlideEngine, optimizer: SlideOptimizer) -> None:
         """Copy the state into its place, unit by unit.
 
         Moments that were saved in the other format are converted. The model's weights must have been loaded before:
@@ -202,8 +207,14 @@ class SavedOptimizer:
             group.update(values)
         engine.state_loaded()
 
-    def check_groups(self, engine: SlideEngine, optimizer: SlideAdamW) -> None:
-        """Raise `CheckpointError` unless the state is that of an optimizer with these groups."""
+    def check_groups(self, engine: SlideEngine, optimizer: SlideOptimizer) -> None:
+        """Raise `CheckpointError` unless the state is that of an optimizer of this rule with these groups."""
+        rule = engine.setup.update_rule
+        if self._rule != rule.name:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: the saved optimizer is {self._rule}, this one is {rule.name}, whose state "
+                f"is another; resume with {self._rule}, or load only the model's weights"
+            )
         have = [[engine.param_state(p).name for p in group["params"]] for group in optimizer.param_groups]
         saved = [group["parameters"] for group in self._groups]
         if [sorted(names) for names in have] == [sorted(names) for names in saved]:
@@ -217,12 +228,18 @@ class SavedOptimizer:
         )
 
     def _load_file(self, tensors: TensorReader, states: Mapping[str, ParamState]) -> None:
-        moment_names = {part.name for moments in MOMENT_FORMATS.values() for part in moments.parts}
+        moment_names = {
+            part.name
+            for state in states.values()
+            if state.rule is not None
+            for form in state.rule.readable
+            for part in form.parts
+        }
         for state in states.values():
             state.step = int(self._parameters[state.name]["step"])
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         found = _by_parameter(tensors)
-        for name in states.keys() - found.keys():
+        for name in states.keys() - found.keys() if moment_names else ():
             raise CheckpointError(f"{tensors.path} is damaged: it has no state of {name}")
         for entry in tensors.entries:
             name, _, part = entry.name.rpartition(".")
@@ -230,7 +247,10 @@ class SavedOptimizer:
                 tensors.read(entry)
                 continue
             state = states[name]
-            same_format = part == _RESIDUAL or moment_format_of(found[name]) is state.moment_format
+            rule = state.rule
+            same_format = part == _RESIDUAL or (
+                rule is not None and saved_format(rule, found[name]) == rule.format
+            )
             target = state.residual if part == _RESIDUAL else state.moments.get(part)
             if target is not None and same_format:
                 if (target.dtype, tuple(target.shape)) != (entry.dtype, entry.shape):
@@ -245,7 +265,7 @@ class SavedOptimizer:
                 waiting[name][part] = value
                 if waiting[name].keys() == found[name] & moment_names:
                     saved = waiting.pop(name)
-                    state.check_saved_moments({**saved, "step": state.step})
+                    state.check_saved({**saved, "step": state.step})
                     state.load_moments(saved)
 
 

@@ -124,7 +124,7 @@ def joined_state_dict(model: nn.Module, engine: SlideEngine) -> dict[str, torch.
 
     def is_saved(state: ParamState) -> bool:
         in_adapter = any(part in adapters for part in state.name.split("."))
-        return state.spec.trainable or state.unit is None or in_adapter
+        return state.spec.trainable or not state.streams or in_adapter
 
     return engine.state_dict_as_loaded(model, is_saved)
 

@@ -1,7 +1,8 @@
 """`SlideEngine`: one model's streamed training state, from preparation to the last step.
 
-It makes the parts and says what comes after what: state in its place (`placement.py`), lanes and slots, the executor,
-gradients, clipping (`clipping.py`), updates (`updates.py`), and the way to state for everyone else (`access.py`).
+It makes the parts and says what comes after what: the runtime that moves bytes (`memory/runtime.py`), state in its
+homes (`state/placement.py`), slots and the executor (`run/`), gradients, clipping and updates (`state/`), and the way
+to state for everyone else (`state/access.py`).
 
 Order of one step, with deferred updates:
 
@@ -21,7 +22,6 @@ import dataclasses
 import functools
 import gc
 import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -31,43 +31,32 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import compatibility
-from ..config import SlideConfig
-from ..errors import (
-    PlanError,
-    SlideFormerError,
-    StateError,
-    UnsupportedModelError,
-)
+from ..errors import PlanError, SlideFormerError, StateError, UnsupportedModelError
 from ..machine.hardware import available_ram_bytes, default_update_threads
 from ..memory.allocator import use_expandable_segments
-from ..memory.buffers import PinBudget
-from ..memory.disk.desks import DiskState
 from ..memory.offload import TensorOffload
 from ..memory.pool import SlotPool
-from ..memory.runtime import Failure
+from ..memory.runtime import Runtime
 from ..memory.staging import StagingBuffers
-from ..memory.transfer import Lane
-from ..memory.worker import UpdateWorker
 from ..metrics import Metrics
-from ..optim.adamw import SlideAdamW
+from ..optim.optimizer import SlideOptimizer
 from ..optim.state import ParamState, set_gradient
+from ..planner.plan import Plan
 from ..planner.workload import Decisions
-from .model.batch_shape import BatchShape
 from .model.blueprint import Blueprint
+from .model.setup import Setup
 from .model.stand_ins import Hook, ReplacedMethod
 from .model.units import check_has_data, check_no_hooks, find_units
-from .planning import find_budgets, plan_for
+from .planning import Planned, find_budgets, plan_for
 from .run.checkpointing import LayerCheckpointing, callers_of
 from .run.deferred_logits import defer_logits
 from .run.executor import Executor, UnitForward
 from .state.access import StateAccess
-from .state.beside_device import OutsideUpdates
 from .state.clipping import Clipping, clip_grad_norm_
 from .state.gradients import Gradients
 from .state.leaving import watch_leaving
-from .state.on_disk import UnitsOnDisk
 from .state.parameters import unguarded
-from .state.placement import PlacedState
+from .state.placement import PlacedModel
 from .state.snapshot import HeldState
 from .state.unit import Unit, check_unchanged
 from .state.updates import Updates
@@ -78,23 +67,21 @@ logger = logging.getLogger(__name__)
 class SlideEngine:
     """Streams one model's units; see the module's text.
 
-    Making an engine moves the model: units' parameters into host buffers, everything else to `device`.
+    Making an engine moves the model: units' parameters into host buffers, everything else to the device.
 
     Args:
         model: a transformers model (or a wrapper around one) with its weights loaded.
-        device: where units compute.
-        bf16: mixed precision; fp32 weights become split masters that stream in bf16.
-        config: the user's settings.
-        micro_batches: backwards that make a step; with more than one gradients are summed in fp32.
-        overlap_is_exact: no clipping and one backward a step, so that `update="auto"` may overlap.
+        setup: how it is to be trained. A model that is read only has its parameters frozen, every unit streams, and
+            there is room for nothing but weights.
         for_training: refuse now what would not fit with optimizer state; False for a model that is only evaluated.
-        read_only: this model will never be trained (DPO's reference). Its parameters are frozen, every unit streams,
-            and there is room for nothing but weights.
-        shape: what is known of micro-batches; without it the planner keeps away from what depends on them.
         decisions: where state lives and what happens to activations; None lets the planner decide.
-        taken: bytes by tier that other models have of what the settings allow.
         delays: for tests: seconds to sleep before a piece of work of the lanes "h2d" and "d2h" (on the CPU), of
             "update" and of "disk", by label.
+
+    Attributes:
+        plan: where everything lives.
+        overlapped: whether units are updated in backward.
+        states: of all parameters, in registration order.
 
     Raises:
         UnsupportedModelError: nothing to stream, or weights that cannot be.
@@ -105,183 +92,119 @@ class SlideEngine:
     def __init__(
         self,
         model: nn.Module,
+        setup: Setup,
         *,
-        device: torch.device,
-        bf16: bool,
-        config: SlideConfig,
-        micro_batches: int = 1,
-        overlap_is_exact: bool = False,
         for_training: bool = True,
-        read_only: bool = False,
-        shape: BatchShape | None = None,
         decisions: Decisions | None = None,
-        taken: Mapping[str, int] | None = None,
         delays: Mapping[str, Callable[[str], float]] | None = None,
     ) -> None:
-        delays = delays or {}
         compatibility.check(compatibility.ENGINE)
         compatibility.check_adapters()
         check_has_data(model)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        self.device = device
-        self.config = config
-        self.read_only = read_only
-        self._bf16 = bf16
-        self.metrics = Metrics()
-        self.metrics.tracing = config.trace_steps > 0
-        self._accumulates = micro_batches > 1
+        self.setup = setup = _with_index(setup)
+        self.config, self.device, self.read_only = setup.config, setup.device, setup.read_only
         self._steps = 0
-
         self._left = ""
-        self._optimizers: weakref.WeakSet[SlideAdamW] = weakref.WeakSet()  # all that were ever attached
+        self._optimizers: weakref.WeakSet[SlideOptimizer] = weakref.WeakSet()  # all that were ever attached
         self._on_release: list[Callable[[], None]] = []
         # Whether a trainer is in the middle of training, when the model must not leave; whoever prepares it says so.
         self.in_training: Callable[[], bool] = lambda: False
-
-        if read_only:
+        if self.read_only:
             model.requires_grad_(False)
-            # What it kept on the GPU would be missing where training needs it more.
-            config, shape, for_training = dataclasses.replace(config, placement="stream"), None, False
-        self._blueprint = blueprint = Blueprint.of(
-            model,
-            bf16=bf16,
-            config=config,
-            micro_batches=micro_batches,
-            overlap_is_exact=overlap_is_exact,
-            on_gpu=device.type == "cuda",
-        )
-        self.overlapped = self._overlap_was_exact = blueprint.overlapped
+            setup = setup.for_reading()
+        self._blueprint = Blueprint.of(model, setup)
+        self.overlapped = self._blueprint.overlapped
         gc.collect()  # an engine that was dropped lies in a reference cycle, its memory still mapped
         self._refusal: PlanError | None = None
-        how: dict[str, Any] = {
-            "device": device,
-            "bf16": bf16,
-            "config": config,
-            "shape": shape,
-            "taken": taken,
-        }
+        self._said: list[str] = []
+        self._planned = self._make_plan(model, setup, decisions, for_training and not self.read_only)
+        self.plan = self._planned.evaluating()
+        use_expandable_segments(self.device)
+        self.metrics = metrics = Metrics()
+        metrics.tracing = self.config.trace_steps > 0
+        self._runtime = runtime = Runtime(
+            self.device,
+            pinned_bytes=find_budgets(setup).pinned,
+            threads=self.config.cpu_threads or default_update_threads(self.device),
+            metrics=metrics,
+            delays=delays,
+        )
+        # From here on: what fails below must leave no thread and no file either.
+        self._finalizer = weakref.finalize(self, runtime.close)
+        try:
+            self._make_parts(model, runtime)
+        except BaseException:
+            self._finalizer()
+            raise
+
+    # -- construction ----------------------------------------------------------------------------------------
+
+    def _make_plan(
+        self, model: nn.Module, setup: Setup, decisions: Decisions | None, for_training: bool
+    ) -> Planned:
         try:  # also where only evaluation is asked for now: training may follow
-            self._planned = plan_for(model, blueprint, **how, training=not read_only, decisions=decisions)
+            return plan_for(model, self._blueprint, setup, training=not setup.read_only, decisions=decisions)
         except PlanError as error:
             if for_training:
                 raise
             self._refusal = error
-            self._planned = plan_for(model, blueprint, **how, training=False)
-        self.plan = self._planned.evaluating()
-        decisions = self.plan.decisions
+            return plan_for(model, self._blueprint, setup, training=False)
 
-        self._pins = PinBudget(device, find_budgets(config, device, taken=taken).pinned)
-        self._failure = Failure()
-        use_expandable_segments(device)
-        self._disk = self._open_disk(decisions, delays.get("disk"))
-        try:
-            self._placed = PlacedState(
-                model,
-                blueprint,
-                decisions,
-                input_bytes=self._planned.input_bytes,
-                device=device,
-                pins=self._pins,
-                disk=self._disk,
-            )
-        except BaseException:
-            if self._disk is not None:
-                self._disk.state.close()
-            raise
-        self.states = self._placed.states
-        if device.type == "cuda":
+    def _make_parts(self, model: nn.Module, runtime: Runtime) -> None:
+        blueprint, decisions = self._blueprint, self.plan.decisions
+        self._placed = placed = PlacedModel(
+            model, blueprint, decisions, self._planned.input_bytes, self.config.nvme_dirs, runtime
+        )
+        self.states = placed.states
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()  # weights that were there before left gaps of other sizes
-        self._lanes = [Lane(name, device, delays.get(name)) for name in ("h2d", "d2h")]
-        self._worker = UpdateWorker(self.metrics, delays.get("update"))
-        self._gradient_hooks: list[RemovableHandle] = []
-        # From here on: what fails below must leave no thread and no file either.
-        disk = self._disk.state if self._disk is not None else None
-        self._finalizer = weakref.finalize(
-            self, _close, self._lanes, self._worker, disk, self._gradient_hooks
-        )
-        slot_bytes = max((layout.weight_bytes for layout in blueprint.streamed_layouts(decisions)), default=0)
-        self.pool = SlotPool(device, slot_bytes, decisions.slots, self._lanes[0], self.metrics)
+        layouts = blueprint.streamed_layouts(decisions)
+        slot_bytes = max((layout.weight_bytes for layout in layouts), default=0)
+        self.pool = SlotPool(runtime, slot_bytes, decisions.slots)
         self.gradients: Gradients | None = None
-        offload = TensorOffload(
-            device, self._lanes[1], self._lanes[0], self.metrics, self._pins.take, self._pins.give_back
-        )
-        units = self._placed.units
-        self.executor = Executor(device, units, self.pool, offload, self, self.check)
+        self.executor = Executor(self.device, placed.units, self.pool, TensorOffload(runtime), self)
         self._methods: list[ReplacedMethod] = []
-        for unit in units:
+        for unit in placed.units:
             forward = UnitForward(self.executor, unit)
             forward.put("forward")
             self._methods.append(forward)
-        self.clipping = Clipping(self.states, device, overlapped=self.overlapped)
-        self._updates = Updates(
-            self._placed,
-            outside=self._outside_updates(),
-            worker=self._worker,
-            tape=self.executor.tape,
-            clipping=self.clipping,
-            failure=self._failure,
-            metrics=self.metrics,
-            device=device,
-            overlapped=self.overlapped,
-            threads=config.cpu_threads or default_update_threads(device),
-        )
-        self._access = StateAccess(self._placed, self._updates, self.pool)
+        self.clipping = Clipping(self.states, self.device, overlapped=self.overlapped)
+        self._updates = Updates(placed, blueprint.rule, runtime, self.executor.tape, self.clipping)
+        self._access = StateAccess(placed, self._updates, self.pool)
         # Resident parameters whose gradient became an fp32 sum, for a second backward that nobody had announced.
         self._promoted: list[ParamState] = []
-        self._in_units = {id(param) for unit in units for param in unit.found.parameters.values()}
+        self._in_units = {id(param) for unit in placed.units for param in unit.found.parameters.values()}
         self._logits_readers: set[str] = set()
-        self._said: list[str] = []
-        if blueprint.head.module is not None:
-            head = defer_logits(blueprint.head.module, self._fused_loss_ran, self._logits_read)
-            self._methods.append(head)
+        self._watch(model)
+        self._names = _names(model)
+        # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
+        self._gradient_hooks: list[RemovableHandle] = []
+        self._runtime.when_closed(first=functools.partial(_remove_all, self._gradient_hooks))
+        self._hook_gradients(SlideEngine._refuse_backward)
+
+    def _watch(self, model: nn.Module) -> None:
+        """Notice what the model's own code and scripts do to it."""
+        head = self._blueprint.head.module
+        if head is not None:
+            self._methods.append(defer_logits(head, self._fused_loss_ran, self._logits_read))
         self._access.watch(model)
         self._methods += watch_leaving(model, self)
+        units = self.executor.units
         self._checkpointing = LayerCheckpointing(unit.found.module for unit in units)
         self._hooks = [
             module.register_forward_pre_hook(Hook(self, SlideEngine._recompute_once))
             for module in callers_of(model, [unit.name for unit in units])
         ]
-        self._names = _names(model)
-        # Until there is an optimizer: nothing else would notice that gradients of resident parameters have no place.
-        self._gradient_hooks += [
-            state.param.register_hook(Hook(self, SlideEngine._refuse_backward))
-            for state in self.states
-            if state.unit is None and state.param.requires_grad
-        ]
 
-    # -- construction ----------------------------------------------------------------------------------------
+    def _hook_gradients(self, run: Callable[..., None], *, knows_state: bool = False) -> None:
+        """Have `run` called before autograd fills the gradient of a parameter, or adds to it."""
+        for state in self.states:
+            if not state.streams and state.param.requires_grad:
+                call = functools.partial(run, state=state) if knows_state else run
+                self._gradient_hooks.append(state.param.register_hook(Hook(self, call)))
 
     def _recompute_once(self, *_: object) -> None:
         self._checkpointing.switch_off()
-
-    def _open_disk(self, decisions: Decisions, delay_s: Callable[[str], float] | None) -> UnitsOnDisk | None:
-        if not decisions.on_disk:
-            return None
-        return UnitsOnDisk(
-            self._blueprint,
-            decisions,
-            input_bytes=self._planned.input_bytes,
-            directories=self.config.nvme_dirs,
-            pins=self._pins,
-            metrics=self.metrics,
-            delay_s=delay_s,
-            on_failure=self._failure.note,
-        )
-
-    def _outside_updates(self) -> OutsideUpdates | None:
-        placed, (to_device, to_host) = self._placed, self._lanes
-        if not placed.outside:
-            return None
-        return OutsideUpdates(
-            self.device,
-            placed.outside_memory,
-            placed.outside,
-            to_host,
-            to_device,
-            self._worker,
-            self.metrics,
-        )
 
     def _fused_loss_ran(self, tokens: int) -> None:
         self.metrics.add("fused_loss_tokens", tokens)
@@ -296,7 +219,7 @@ class SlideEngine:
         self._said.append(note)
         self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, note))
 
-    def attach_optimizer(self, optimizer: SlideAdamW) -> None:
+    def attach_optimizer(self, optimizer: SlideOptimizer) -> None:
         """Give the engine the optimizer of its parameters; allocates moments and gradient buffers.
 
         A second optimizer (another trainer on the same model) starts with moments of zero, as it would in torch.
@@ -315,25 +238,31 @@ class SlideEngine:
                 "this model was prepared for evaluation only (evaluation_mode=True), which froze it; to train it, load "
                 "it anew and prepare it together with its optimizer"
             )
+        self._check_rule(optimizer)
         self._updates.find_groups(optimizer)  # raises before anything is changed
         first = self._updates.optimizer is None
         if not first:
             self._access.forget_moments()
         self._placed.allocate_for_training()
         if first:
-            while self._gradient_hooks:
-                self._gradient_hooks.pop().remove()
-            self._gradient_hooks += [
-                state.param.register_hook(Hook(self, functools.partial(SlideEngine._before_sum, state=state)))
-                for state in self.states
-                if state.unit is None and state.param.requires_grad
-            ]
+            _remove_all(self._gradient_hooks)
+            self._hook_gradients(SlideEngine._before_sum, knows_state=True)
             self._update_residents_in_backward()
         self._updates.use(optimizer)
         optimizer.bind(self)
         self._optimizers.add(optimizer)
-        self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
+        self.plan = self._plan_with_notes()
         self.gradients = self.clipping.gradients = self._make_gradients()
+
+    def _check_rule(self, optimizer: SlideOptimizer) -> None:
+        """Raise `StateError` where the model was prepared for an optimizer of another rule."""
+        rule = optimizer.rule_for(optimizer.param_groups, self.config.optimizer_states)
+        other = self.setup.difference(dataclasses.replace(self.setup, rule=rule))
+        if other:
+            raise StateError(f"{other}; prepare the model together with its optimizer")
+
+    def _plan_with_notes(self) -> Plan:
+        return dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
 
     def _make_gradients(self) -> Gradients:
         layouts = self._blueprint.streamed_layouts(self.plan.decisions)
@@ -342,30 +271,22 @@ class SlideEngine:
         # and is made only when the first sum needs it.
         count = self.plan.decisions.staging_buffers
         if self.gradients is None:
-            self._pins_staging = self._pins.take(count * largest)
-        staging = StagingBuffers(largest, max(1, count), pin=self._pins_staging)
+            self._staging_pin = self._runtime.pins.take(count * largest)
+        staging = StagingBuffers(largest, max(1, count), pin=self._staging_pin)
         return Gradients(
-            device=self.device,
-            lane=self._lanes[1],
-            worker=self._worker,
-            pool=self.pool,
-            offload=self.executor.offload,
-            metrics=self.metrics,
-            fp32_sums=self._accumulates,
-            overlapped=self.overlapped,
-            staging=staging,
-            overlapped_update=self._updates.overlapped_update,
-            take_scale=self.clipping.take_scale,
-            units=self._placed.streamed,
-            disk=self._disk.state if self._disk is not None else None,
-            tape=self.executor.tape,
+            self._runtime,
+            self._updates,
+            self.pool,
+            self.executor.offload,
+            staging,
+            fp32_sums=self._blueprint.fp32_sums,
         )
 
     # -- sink of the executor ----------------------------------------------------------------------------------
 
     def begin_forward(self) -> None:
         """See `GradientSink`."""
-        resident = [state for state in self.states if state.unit is None]
+        resident = [state for state in self.states if not state.streams]
         with unguarded(state.param for state in resident):
             for state in resident:
                 check_unchanged(state)
@@ -396,7 +317,7 @@ class SlideEngine:
         self.overlapped = self.clipping.overlapped = False
         self._blueprint = dataclasses.replace(self._blueprint, overlapped=False)
         self._placed.defer_updates()
-        self.plan = dataclasses.replace(self._planned.plan, notes=(*self._planned.plan.notes, *self._said))
+        self.plan = self._plan_with_notes()
         self.gradients = self.clipping.gradients = self._make_gradients()
         logger.warning("%s; gradients wait for step() in memory of their own", note)
 
@@ -414,7 +335,7 @@ class SlideEngine:
             return
         if id(state.param) in self._in_units:
             check_no_hooks(state.name, state.param)
-        self._updates.check_used_once(state)
+        self._placed.group_of(state).home.before_sum(state)
         grad = state.param.grad
         if grad is None:
             return
@@ -437,8 +358,8 @@ class SlideEngine:
     def _update_residents_in_backward(self) -> None:
         """With overlapped updates, use up gradients of resident units when they are there: their memory is free."""
         for unit in self.executor.units if self.overlapped else ():
-            for param in unit.found.parameters.values() if not unit.streamed else ():
-                if param.requires_grad:
+            for param in unit.found.parameters.values():
+                if param.requires_grad and unit.group.home.updates_at_once:
                     hook = Hook(self, SlideEngine._use_up_gradient)
                     self._gradient_hooks.append(param.register_post_accumulate_grad_hook(hook))
 
@@ -446,7 +367,7 @@ class SlideEngine:
         state, grad = self.param_state(param), param.grad
         if not self.overlapped:  # any more
             return
-        if grad is not None and self._updates.update_in_backward(state, grad):
+        if grad is not None and self._updates.use_up(state, grad):
             assert self.gradients is not None
             self.gradients.note_norm(state, grad)
             param.grad = None
@@ -492,13 +413,13 @@ class SlideEngine:
                 self._updates.step()
         except BaseException as error:
             if steps != [state.step for state in self.states]:
-                self._failure.note(error)  # some parameters are a step ahead of the others
+                self._runtime.failure.note(error)  # some parameters are a step ahead of the others
             raise
         self.clipping.clear()
         self.gradients.forget_norms()
         self.executor.tape.restart()
         for unit in self.executor.units:
-            unit.forwards_since_step = 0
+            unit.begin_step()
         self.pool.invalidate()
         self.executor.prefetch_first()
         self._steps += 1
@@ -528,7 +449,7 @@ class SlideEngine:
                 f"the model left its engine, because {self._left}, between a forward and what belongs to it; run "
                 "forward again, with a new optimizer once the model is prepared again"
             )
-        self._failure.check()
+        self._runtime.failure.check()
 
     def synchronize(self) -> None:
         """Block until every update is done and weights can be read.
@@ -561,9 +482,7 @@ class SlideEngine:
         self._abandon()
         self._updates.abandon()
         # What was cut short between submitting work and keeping its handle.
-        for lane in self._lanes:
-            lane.drain()
-        self._worker.drain()
+        self._runtime.drain()
         self.pool.reset()
         self._access.forget_runs()
         for state in self.states:
@@ -571,7 +490,7 @@ class SlideEngine:
         self.clipping.clear()
         self.executor.tape.recorded.clear()
         for unit in self.executor.units:
-            unit.forwards_since_step = 0
+            unit.begin_step()
         self.check()
 
     def _abandon(self) -> None:
@@ -582,8 +501,8 @@ class SlideEngine:
         self.executor.drop_inputs()
 
     def states_by_unit(self) -> list[list[ParamState]]:
-        """See `PlacedState.by_unit`."""
-        return self._placed.by_unit()
+        """The states of each unit, streamed or resident, and last those outside of units; in the model's order."""
+        return [group.states for group in self._placed.groups]
 
     def hold(self) -> HeldState:
         """See `Updates.hold`."""
@@ -608,41 +527,13 @@ class SlideEngine:
         """Whether `param` is a parameter of this engine's model."""
         return self._placed.state_of(param) is not None
 
-    def other_setting(
-        self, *, bf16: bool, config: SlideConfig, micro_batches: int, overlap_is_exact: bool
-    ) -> str:
-        """The first setting that is not the one that the model was prepared with, in words; empty if there is none."""
-        overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
-        wanted = {
-            "bf16": bf16,
-            "accumulates": micro_batches > 1,
-            "overlapped": overlapped,
-            "optimizer_states": config.optimizer_states,
-            "config": config,
-        }
-        have = {
-            "bf16": self._bf16,
-            "accumulates": self._accumulates,
-            "overlapped": self._overlap_was_exact,
-            "optimizer_states": self.config.optimizer_states,
-            "config": self.config,
-        }
-        for name, value in wanted.items():
-            if have[name] != value:
-                return f"this model was prepared with {name}={have[name]} and is now wanted with {value}"
-        return ""
-
-    def check_settings(
-        self, *, bf16: bool, config: SlideConfig, micro_batches: int, overlap_is_exact: bool
-    ) -> None:
-        """Raise `StateError` if the model was prepared with settings that are not these."""
-        other = self.other_setting(
-            bf16=bf16, config=config, micro_batches=micro_batches, overlap_is_exact=overlap_is_exact
-        )
+    def check_setup(self, wanted: Setup) -> None:
+        """Raise `StateError` if the model was prepared for something else."""
+        other = self.setup.difference(wanted)
         if other:
             raise StateError(
                 f"{other}; release() the model, and prepare it again, for other settings (precision, clipping, "
-                "accumulation, slide_config)"
+                "accumulation, optimizer, slide_config)"
             )
 
     @property
@@ -653,7 +544,7 @@ class SlideEngine:
     @property
     def disk_bytes(self) -> int:
         """Bytes of state on disk."""
-        return self._disk.state.disk_bytes if self._disk is not None else 0
+        return self._placed.disk_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -732,24 +623,21 @@ class SlideEngine:
         self._abandon()
         self.pool.free()
         self.gradients = None
-        while self._gradient_hooks:
-            self._gradient_hooks.pop().remove()
+        _remove_all(self._gradient_hooks)
         try:
             self._access.give_up()
         except BaseException as error:
-            self._failure.note(error)
+            self._runtime.failure.note(error)
             raise StateError(
                 f"{reason}, for which the model has to leave its engine, but that failed ({error}); load the model anew"
             ) from error
         self._left = reason
-        while self._methods:
-            self._methods.pop().remove()
-        while self._hooks:
-            self._hooks.pop().remove()
+        _remove_all(self._methods)
+        _remove_all(self._hooks)
         for optimizer in self._optimizers:
             optimizer.unbind(f"its model left the engine: {reason}")
         self._finalizer()
-        self._disk = self._placed.disk = None
+        self._placed.forget_disk()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         while self._on_release:
@@ -765,22 +653,17 @@ class SlideEngine:
             )
 
 
-def _close(
-    lanes: list[Lane], worker: UpdateWorker, disk: DiskState | None, gradient_hooks: list[RemovableHandle]
-) -> None:
-    if threading.current_thread().name.startswith("slideformer-"):
-        # A garbage collection found the engine in one of its own threads, which this would wait for.
-        threading.Thread(
-            target=_close, args=(lanes, worker, disk, gradient_hooks), name="closing-slideformer"
-        ).start()
-        return
-    for hook in gradient_hooks:
-        hook.remove()
-    for lane in lanes:
-        lane.close()
-    worker.close()
-    if disk is not None:
-        disk.close()
+def _with_index(setup: Setup) -> Setup:
+    """The same with the number of the CUDA device that is the current one, where none is named."""
+    if setup.device.type != "cuda" or setup.device.index is not None:
+        return setup
+    return dataclasses.replace(setup, device=torch.device("cuda", torch.cuda.current_device()))
+
+
+def _remove_all(put: list[Any]) -> None:
+    """Take away hooks and methods that were put on the model."""
+    while put:
+        put.pop().remove()
 
 
 def engine_of(model: nn.Module) -> SlideEngine | None:

@@ -20,8 +20,8 @@ from ..planner.plan import Plan, check_budgets, describe
 from ..planner.profile import ModelProfile
 from ..planner.solve import solve
 from ..planner.workload import Budgets, Decisions, Workload
-from .model.batch_shape import BatchShape
 from .model.blueprint import Blueprint
+from .model.setup import Setup
 from .model.units import check_no_filled_cache
 from .profiling.trace import profile_model
 
@@ -87,42 +87,35 @@ def plans_activations(device: torch.device, config: SlideConfig) -> bool:
 def plan_for(
     model: nn.Module,
     blueprint: Blueprint,
+    setup: Setup,
     *,
-    device: torch.device,
-    bf16: bool,
-    config: SlideConfig,
-    shape: BatchShape | None,
     training: bool = True,
     liger: Mapping[str, Any] | None = None,
     decisions: Decisions | None = None,
     hardware: Hardware | None = None,
     budgets: Budgets | None = None,
-    taken: Mapping[str, int] | None = None,
 ) -> Planned:
-    """The plan of one model's training (or evaluation) on `device`.
+    """The plan of one model's training (or evaluation).
 
     Args:
         model: not yet given to an engine; needs no data (meta device).
         blueprint: its parts.
-        device: where units compute.
-        bf16: mixed precision.
-        config: the user's settings.
-        shape: what is known of micro-batches; None plans no activations, and then every unit streams.
+        setup: how it is to be trained; without a shape no activations are planned, and then every unit streams.
         training: whether there will be optimizer state and gradients.
         liger: what Trainer will hand to Liger Kernel, if it is yet to be applied to the model.
         decisions: use these instead of the planner's.
         hardware: the machine that is planned for; None is this one.
         budgets: bytes that may be used; None takes what the settings allow of what is there.
-        taken: bytes by tier of what the settings allow that other models have.
 
     Raises:
         UnsupportedModelError: it would train a key-value cache.
         PlanError: it does not fit, with numbers and remedies.
         DiskError: a directory for state on disk is missing.
     """
+    config, device, shape = setup.config, setup.device, setup.shape
     if training:
         check_no_filled_cache(model)
-    budgets = budgets or find_budgets(config, device, model, taken)
+    budgets = budgets or find_budgets(setup, model)
     hardware = hardware or hardware_of_this_machine(device, next(iter(config.nvme_dirs), None))
     placement, notes = config.placement, blueprint.notes(training=training)
     limited = plans_activations(device, config)
@@ -133,7 +126,7 @@ def plan_for(
         notes.append(NOTHING_KNOWN_OF_BATCHES)
     profile_for = None
     if training and shape is not None and limited:
-        profile_for = profiler(model, blueprint, device=device, bf16=bf16, seq_len=shape.seq_len, liger=liger)
+        profile_for = profiler(model, blueprint, setup, seq_len=shape.seq_len, liger=liger)
         notes.append(f"planned for batch size {shape.batch_size:,}: {shape.source}")
     profile = profile_for(shape.batch_size) if profile_for is not None and shape is not None else None
     workload = blueprint.workload(profile, training=training)
@@ -156,9 +149,8 @@ def plan_for(
 def profiler(
     model: nn.Module,
     blueprint: Blueprint,
+    setup: Setup,
     *,
-    device: torch.device,
-    bf16: bool,
     seq_len: int,
     liger: Mapping[str, Any] | None = None,
 ) -> Callable[[int], ModelProfile]:
@@ -170,26 +162,22 @@ def profiler(
             model,
             batch_size=batch_size,
             seq_len=seq_len,
-            bf16=bf16,
+            bf16=setup.bf16,
             fused_loss=blueprint.head.module is not None,
-            device_type=device.type,
+            device_type=setup.device.type,
             liger=liger,
         )
 
     return profile_for
 
 
-def find_budgets(
-    config: SlideConfig,
-    device: torch.device,
-    model: nn.Module | None = None,
-    taken: Mapping[str, int] | None = None,
-) -> Budgets:
+def find_budgets(setup: Setup, model: nn.Module | None = None) -> Budgets:
     """Bytes that may be used: what the user allows, at most what is there.
 
     The weights of `model` give up their present place when they are moved, so that place counts as free. Of what the
-    user allows, other models have `taken` some, by tier.
+    user allows, other models may have some.
     """
+    config, device, taken = setup.config, setup.device, setup.taken
     ram, gpu = available_ram_bytes(), available_gpu_bytes(device)
     if model is not None:
         own = {"cpu": 0, "cuda": 0}

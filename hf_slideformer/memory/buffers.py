@@ -12,6 +12,7 @@ import contextlib
 import mmap
 import warnings
 import weakref
+from typing import Protocol
 
 import torch
 
@@ -20,6 +21,20 @@ from ..errors import PlanError
 # Whether memory is to be pinned; a device says for which one, True for the current one. Registering it for another than
 # the model's would work too, but would make a context there, some hundred MiB on a GPU that may be somebody else's.
 Pin = bool | torch.device
+
+
+class Buffer(Protocol):
+    """Host memory that tensors are made over.
+
+    Attributes:
+        nbytes: of RAM that it takes for itself.
+    """
+
+    nbytes: int
+
+    def tensor(self, dtype: torch.dtype, offset_bytes: int, numel: int) -> torch.Tensor:
+        """A 1-D tensor, its own storage, over `numel` elements from `offset_bytes` on."""
+        ...
 
 
 class HostBuffer:
@@ -149,8 +164,9 @@ class BufferView:
     """A part of a host buffer that is used like one: offsets count from `base_bytes`."""
 
     __slots__ = ("_base_bytes", "_buffer")
+    nbytes = 0  # it is the whole buffer that takes RAM
 
-    def __init__(self, buffer: HostBuffer | MappedFile, base_bytes: int) -> None:
+    def __init__(self, buffer: Buffer, base_bytes: int) -> None:
         self._buffer = buffer
         self._base_bytes = base_bytes
 

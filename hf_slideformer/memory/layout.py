@@ -128,6 +128,11 @@ class Segment:
         """The segment of a resident parameter, which has tensors of its own and no place in a unit."""
         return cls(spec, -1, -1, -1, -1)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the parameter has no place in a unit."""
+        return self.weight_offset < 0
+
 
 @dataclass(frozen=True, slots=True)
 class UnitLayout:

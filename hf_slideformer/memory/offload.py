@@ -6,35 +6,117 @@ import collections
 import threading
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from ..errors import StateError
-from ..metrics import Metrics
-from .buffers import HostBuffer, Pin
-from .disk.desks import lent
-from .disk.inputs import DiskCopy, DiskPlace
+from .buffers import Buffer, HostBuffer
+from .lease import Kept, Lease, used_by
 from .limits import COPIES_IN_FLIGHT
+from .runtime import Runtime
+from .streams import Event
 from .transfer import Handle, Lane, compute_event
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor on its way to a place.
+
+    Attributes:
+        left: done when the device's memory has been read.
+        again: asks for what holds the data, from its start on, once it is there.
+    """
+
+    left: Handle
+    again: Callable[[], Lease[Buffer]]
+
+
+class Place(Protocol):
+    """Where one tensor may wait: at most `nbytes` of it. Nobody else reads or writes there until it is back."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that there is room for."""
+        ...
+
+    def store(self, lane: Lane, label: str, source: torch.Tensor, event: Event) -> Stored:
+        """Move `source` there.
+
+        Args:
+            lane: device-to-host lane.
+            label: for messages.
+            source: contiguous, at most `nbytes`, on the device.
+            event: fires when `source` has been computed.
+        """
+        ...
+
+
+class HostPlace:
+    """Memory in RAM.
+
+    Args:
+        lease: of the memory; ready when nobody reads any more what was there before.
+    """
+
+    def __init__(self, lease: Kept | _OwnBuffer) -> None:
+        self._lease = lease
+
+    @property
+    def nbytes(self) -> int:
+        """See `Place`."""
+        return self._lease.buffer.nbytes
+
+    def store(self, lane: Lane, label: str, source: torch.Tensor, event: Event) -> Stored:
+        """See `Place.store`."""
+        lease = self._lease
+        host = lease.buffer.tensor(source.dtype, 0, source.numel()).view(source.shape)
+        with used_by(lane, lease):
+            left = lane.submit(
+                label,
+                lambda: host.copy_(source, non_blocking=True),
+                after=(lease.ready,),
+                after_events=(event,),
+            )
+        lease.ready = left
+        return Stored(left, lambda: lease)
+
+
+class _OwnBuffer:
+    """The lease of one of `TensorOffload`'s own buffers.
+
+    Args:
+        buffer: the memory.
+        ready: done when nobody reads any more what was there before.
+        give_back: called once, with the buffer and what reads it last.
+    """
+
+    __slots__ = ("_give_back", "buffer", "ready")
+
+    def __init__(
+        self, buffer: HostBuffer, ready: Handle, give_back: Callable[[HostBuffer, Handle], None]
+    ) -> None:
+        self.buffer = buffer
+        self.ready = ready
+        self._give_back: Callable[[HostBuffer, Handle], None] | None = give_back
+
+    def release(self, *, after: Handle | None = None) -> None:
+        """See `Lease.release`."""
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back(self.buffer, after or Handle.done())
 
 
 class OffloadedTensor:
     """One tensor's data in RAM or on disk; made by `TensorOffload.store`, used up by `TensorOffload.take`."""
 
-    __slots__ = ("__weakref__", "buffer", "dtype", "name", "on_disk", "release", "shape", "stored")
+    __slots__ = ("__weakref__", "dtype", "name", "shape", "stored")
 
-    def __init__(self, name: str, tensor: torch.Tensor, buffer: HostBuffer | None) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor, stored: Stored) -> None:
         self.name = name
         self.shape, self.dtype = tensor.shape, tensor.dtype
-        self.buffer = buffer  # None of one on disk
-        self.on_disk: DiskCopy | None = None
-        self.stored: Handle
-        self.release: weakref.finalize | None = None
-
-    def data_in(self, buffer: HostBuffer | None) -> torch.Tensor:
-        """The data in the buffer that holds it, in the tensor's shape."""
-        assert buffer is not None, "what is on disk is read first"
-        return buffer.tensor(self.dtype, 0, self.shape.numel()).view(self.shape)
+        self.stored = stored
 
 
 class TensorOffload:
@@ -45,80 +127,49 @@ class TensorOffload:
     allocated it; a host buffer is not written again before the copy from it is done.
 
     Args:
-        device: where the tensors live.
-        to_host: device-to-host lane.
-        to_device: host-to-device lane.
-        metrics: receives `d2h_bytes` and `h2d_bytes`.
-        pin: asked for a number of bytes, whether a new buffer of that size may be pinned.
-        unpinned: told how many pinned bytes were let go of.
+        runtime: device, lanes and pins; its metrics receive `d2h_bytes` and `h2d_bytes`.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        to_host: Lane,
-        to_device: Lane,
-        metrics: Metrics,
-        pin: Callable[[int], Pin],
-        unpinned: Callable[[int], None],
-    ) -> None:
-        self._device = device
-        self._to_host, self._to_device = to_host, to_device
-        self._metrics = metrics
-        self._pin, self._unpinned = pin, unpinned
+    def __init__(self, runtime: Runtime) -> None:
+        self._device = runtime.device
+        self._to_host, self._to_device = runtime.to_host, runtime.to_device
+        self._metrics, self._pins = runtime.metrics, runtime.pins
         # Forward runs on the user's thread, backward on autograd's. Reentrant: a garbage collection inside may end the
         # life of a tensor whose buffer then comes back.
         self._lock = threading.RLock()
         # Free buffers, with the handle of the copy that read them last.
         self._free: list[tuple[HostBuffer, Handle]] = []
         self._leaving: collections.deque[tuple[Handle, torch.Tensor, int, str]] = collections.deque()
-        # What is on its way back. The buffer is held too: whoever it was to be for may be gone before the copy is done.
-        self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle, HostBuffer | None]] = {}
+        # What is on its way back. The lease is held too: whoever it was to be for may be gone before the copy is done.
+        self._coming: dict[weakref.ref[OffloadedTensor], tuple[torch.Tensor, Handle, Lease[Buffer]]] = {}
         self.host_bytes = 0
 
-    def store(
-        self, name: str, tensor: torch.Tensor, into: HostBuffer | DiskPlace | None = None
-    ) -> OffloadedTensor:
+    def store(self, name: str, tensor: torch.Tensor, into: Place | None = None) -> OffloadedTensor:
         """Start moving `tensor` (contiguous) away; its memory is free again once all references are gone.
 
         Args:
             name: for messages.
             tensor: on the device.
-            into: memory, or a place on disk, that nobody else reads or writes until the tensor is back; None takes a
-                buffer of its own.
+            into: where to; None takes a buffer of its own.
         """
         source = tensor.detach()
-        label, event = f"activations of {name}", compute_event(self._device)
-        if isinstance(into, DiskPlace):
-            parked = OffloadedTensor(name, source, None)
-            parked.on_disk = into.store(self._to_host, label, source, event)
-            parked.stored = parked.on_disk.left
-        else:
-            buffer, read = (into, Handle.done()) if into is not None else self._take_buffer(source.nbytes)
-            parked = OffloadedTensor(name, source, buffer)
-            host = parked.data_in(buffer)
-            try:
-                parked.stored = self._to_host.submit(
-                    label,
-                    lambda: host.copy_(source, non_blocking=True),
-                    after=(read,),
-                    after_events=(event,),
-                )
-                # A forward that is never followed by its backward must give its buffers back too.
-                if into is None:
-                    parked.release = weakref.finalize(parked, self._give_back, buffer, parked.stored)
-            except BaseException:
-                if into is None:
-                    self._give_back(buffer, self._to_host.submit("what came before", lambda: None))
-                raise
-        self._leaving.append((parked.stored, source, source._version, name))
+        event = compute_event(self._device)
+        place = into or self._own_place(source.nbytes)
+        parked = OffloadedTensor(
+            name, source, place.store(self._to_host, f"activations of {name}", source, event)
+        )
+        left = parked.stored.left
+        if into is None:
+            # A forward that is never followed by its backward must give its buffers back too.
+            weakref.finalize(parked, parked.stored.again().release, after=left).atexit = False
+        self._leaving.append((left, source, source._version, name))
         self._metrics.add("d2h_bytes", source.nbytes)
         while len(self._leaving) > COPIES_IN_FLIGHT:
             self._land()
         return parked
 
     def fetch(self, parked: OffloadedTensor) -> Handle:
-        """Start bringing a tensor back (once); afterwards its place is free."""
+        """Start bringing a tensor back (once); its place is free when that is done."""
         key = weakref.ref(parked)
         if key in self._coming:
             return self._coming[key][1]
@@ -126,23 +177,26 @@ class TensorOffload:
             if other() is None and handle.is_complete:  # of a backward that never came to it
                 del self._coming[other]
         target = torch.empty(parked.shape, dtype=parked.dtype, device=self._device)
-        with lent(parked.on_disk.borrow if parked.on_disk is not None else None, self._to_device) as loan:
+        lease = parked.stored.again()
+
+        def copy() -> None:
+            data = lease.buffer.tensor(target.dtype, 0, target.numel())
+            target.copy_(data.view(target.shape), non_blocking=True)
+
+        with used_by(self._to_device, lease):
             handle = self._to_device.submit(
                 f"activations of {parked.name}",
-                lambda: target.copy_(
-                    parked.data_in(loan.buffer if loan is not None else parked.buffer), non_blocking=True
-                ),
-                after=(parked.stored if loan is None else loan.ready,),
+                copy,
+                after=(lease.ready,),
                 after_events=(compute_event(self._device),),  # what used the target's memory before
             )
-            if loan is not None:
-                loan.give_back(after=handle)
-        self._coming[key] = (target, handle, parked.buffer)
+            lease.release(after=handle)
+        self._coming[key] = (target, handle, lease)
         self._metrics.add("h2d_bytes", target.nbytes)
         return handle
 
     def take(self, parked: OffloadedTensor) -> torch.Tensor:
-        """The tensor on the device again; the current stream waits for it, and its place is free."""
+        """The tensor on the device again; the current stream waits for it."""
         self.fetch(parked)
         key = weakref.ref(parked)
         target, handle, _ = self._coming[key]
@@ -151,11 +205,8 @@ class TensorOffload:
         except Exception:
             del self._coming[key]  # nothing comes any more
             raise
-        del self._coming[
-            key
-        ]  # not before: after Ctrl-C in the wait, `abandon` has to wait for what still comes
-        if parked.release is not None and parked.release.detach() is not None and parked.buffer is not None:
-            self._give_back(parked.buffer, handle)
+        # Not before: after Ctrl-C in the wait, `abandon` has to wait for what still comes.
+        del self._coming[key]
         return target
 
     def settle(self) -> None:
@@ -182,6 +233,9 @@ class TensorOffload:
                 "SlideConfig(activations='recompute'), or use plain Trainer for this model"
             )
 
+    def _own_place(self, nbytes: int) -> HostPlace:
+        return HostPlace(_OwnBuffer(*self._take_buffer(nbytes), self._give_back))
+
     def _take_buffer(self, nbytes: int) -> tuple[HostBuffer, Handle]:
         with self._lock:
             fitting = [entry for entry in self._free if entry[0].nbytes >= nbytes]
@@ -197,8 +251,8 @@ class TensorOffload:
         if outgrown is not None:
             outgrown[1].settle()
             if outgrown[0].pinned:
-                self._unpinned(outgrown[0].nbytes)
-        buffer = HostBuffer(nbytes, pin=self._pin(nbytes))
+                self._pins.give_back(outgrown[0].nbytes)
+        buffer = HostBuffer(nbytes, pin=self._pins.take(nbytes))
         with self._lock:
             self.host_bytes += buffer.nbytes
         return buffer, Handle.done()

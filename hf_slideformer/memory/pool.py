@@ -9,17 +9,18 @@ on the current stream. Neither blocks the host, except for work that has not bee
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
-from ..metrics import Metrics
-from .disk.desks import Loan, lent
+from .buffers import Buffer
 from .layout import UnitLayout
+from .lease import Lease, used_by
+from .runtime import Runtime
 from .streams import Event
-from .transfer import Handle, Lane, compute_event
+from .transfer import Handle, compute_event
 
 
 class WeightSource(Protocol):
@@ -40,19 +41,10 @@ class WeightSource(Protocol):
         """Where its parameters lie in its weights."""
         ...
 
-    @property
-    def host_weights(self) -> torch.Tensor:
-        """(layout.weight_bytes,) uint8 on the host."""
-        ...
-
-    @property
-    def pending_update(self) -> Handle | None:
-        """Handle of an update that the next fetch must wait for."""
-        ...
-
-    @property
-    def borrow_weights(self) -> Callable[[], Loan] | None:
-        """Asks for weights that live on disk, as they are after the pending update; None for those in RAM."""
+    def source(self) -> Lease[Buffer] | None:
+        """Asks for its weights on the host, `layout.weight_bytes`, as its pending update leaves them; None if there is
+        nothing to fetch.
+        """
         ...
 
 
@@ -68,7 +60,7 @@ class _Slot:
 
 
 @dataclass(slots=True, eq=False)
-class Lease:
+class SlotLease:
     """The right to compute with a unit's weights until `release`.
 
     `leaves` are the unit's parameters on the device, in the order of `layout.segments`: autograd leaves over
@@ -81,39 +73,48 @@ class Lease:
     _round: int = 0
 
     @classmethod
-    def nothing(cls) -> Lease:
+    def nothing(cls) -> SlotLease:
         """The lease of a unit that needs no slot."""
         return cls([], None, None)
+
+    @property
+    def ready(self) -> Handle:
+        """Done when the weights are there; the current stream has been told to wait for it."""
+        return Handle.done() if self._slot is None else self._slot.handle
 
     @property
     def buffer(self) -> torch.Tensor | None:
         """(bytes,) uint8: the slot, if there is one."""
         return None if self._slot is None else self._slot.buffer
 
-    def release(self) -> None:
-        """End the lease; the slot may be overwritten once what the current stream was given is done."""
-        if self._pool is not None and self._slot is not None:
-            self._pool._release(self._slot, self._round)
+    def release(self, *, after: Handle | None = None) -> None:
+        """End the lease; the slot may be overwritten once what the current stream was given is done.
+
+        Args:
+            after: None; what reads a slot is on that stream.
+        """
+        assert after is None
+        pool, self._pool = self._pool, None
+        if pool is not None and self._slot is not None:
+            pool._release(self._slot, self._round)
 
 
 class SlotPool:
     """A fixed number of equal GPU buffers with the weights of the units used last and next.
 
+    On the CPU the pool copies too, and fills a slot with NaN bytes when it is given to another unit, so that a read
+    outside a lease cannot go unnoticed.
+
     Args:
-        device: where the slots live. On the CPU the pool copies too, and fills a slot with NaN bytes when it is
-            given to another unit, so that a read outside a lease cannot go unnoticed.
+        runtime: device, link and lane; its metrics receive `h2d_bytes` and `wait_weights_s`.
         slot_bytes: size of one slot, that of the largest unit.
         num_slots: at least 2 (one in use, one arriving), or 0 where nothing streams.
-        lane: the host-to-device lane.
-        metrics: receives `h2d_bytes` and `wait_weights_s`.
     """
 
-    def __init__(
-        self, device: torch.device, slot_bytes: int, num_slots: int, lane: Lane, metrics: Metrics
-    ) -> None:
-        self._device = device
-        self._lane = lane
-        self._metrics = metrics
+    def __init__(self, runtime: Runtime, slot_bytes: int, num_slots: int) -> None:
+        self._device = device = runtime.device
+        self._link, self._lane = runtime.link, runtime.to_device
+        self._metrics = runtime.metrics
         self._lock = threading.Lock()  # forward runs on the user's thread, backward on autograd's
         self._clock = 0
         self._round = 0  # of leases; a reset ends all of them
@@ -139,7 +140,7 @@ class SlotPool:
                 if slot is not None:
                     self._fetch(slot, unit)
 
-    def acquire(self, unit: WeightSource) -> Lease:
+    def acquire(self, unit: WeightSource) -> SlotLease:
         """The unit's weights on the device; the current stream waits for them, the host does not."""
         with self._lock:
             slot = self._find(unit.index)
@@ -153,7 +154,7 @@ class SlotPool:
         try:
             with self._metrics.timed("wait_weights_s", unit.name):
                 slot.handle.wait_stream()
-            return Lease(self._leaves(slot, unit.layout), self, slot, self._round)
+            return SlotLease(self._leaves(slot, unit.layout), self, slot, self._round)
         except BaseException:
             with self._lock:
                 slot.leases -= 1
@@ -206,28 +207,20 @@ class SlotPool:
 
     def _fetch(self, slot: _Slot, unit: WeightSource) -> None:
         nbytes = unit.layout.weight_bytes
-        host = unit.host_weights
         slot.unit = None  # until a fetch of the unit is on its way, whatever happens meanwhile
         if self._device.type == "cpu":
             self._poison(slot)
         self._clock += 1
-        target = slot.buffer[:nbytes]
-        with lent(unit.borrow_weights, self._lane) as loan:
-            # A loan has waited for the update when it is ready.
-            awaited = unit.pending_update if loan is None else loan.ready
-
-            def copy() -> None:
-                source = host if loan is None else loan.buffer.tensor(torch.uint8, 0, nbytes)
-                target.copy_(source, non_blocking=True)
-
-            slot.handle = self._lane.submit(
+        source = unit.source()
+        assert source is not None, "a unit that does not stream needs no slot"
+        with used_by(self._lane, source):
+            slot.handle = self._link.fill(
                 f"fetch of {unit.name}",
-                copy,
-                after=() if awaited is None else (awaited,),
-                after_events=(slot.released,),  # hazard "slot reuse"
+                slot.buffer[:nbytes],
+                source,
+                after=slot.released,  # hazard "slot reuse"
             )
-            if loan is not None:
-                loan.give_back(after=slot.handle)
+            source.release(after=slot.handle)
         slot.unit, slot.last_use = unit.index, self._clock
         self._metrics.add("h2d_bytes", nbytes)
 

@@ -34,13 +34,18 @@ class Handle:
     work failed.
     """
 
-    __slots__ = ("_error", "_issued", "event", "label")
+    __slots__ = ("_error", "_issued", "_kept", "event", "label")
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.event: Event | None = None
         self._issued = threading.Event()
         self._error: BaseException | None = None
+        self._kept: Sequence[object] = ()
+
+    def keep(self, what: Sequence[object]) -> None:
+        """Hold references to what the work uses, as long as somebody has this handle."""
+        self._kept = what
 
     @classmethod
     def done(cls, label: str = "") -> Handle:

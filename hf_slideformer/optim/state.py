@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from slideformer_kernels import (
-    adamw_fp32_,
-    adamw_fp32_8bit_,
-    adamw_split_,
-    adamw_split_8bit_,
-    dequantize_moments,
-    join_master,
-    quantize_moments,
-    split_master,
-)
-from slideformer_kernels.scalars import AdamWScalars, adamw_scalars
+from slideformer_kernels import join_master, split_master
 
 from ..errors import CheckpointError, StateError
-from ..memory.buffers import BufferView, HostBuffer
-from ..memory.layout import (
-    ALIGN_ELEMENTS,
-    EIGHT_BIT_MOMENTS,
-    FP32_MOMENTS,
-    MomentFormat,
-    ParamSpec,
-    Segment,
-    moment_format_of,
-)
-from ..memory.transfer import Handle
+from ..memory.buffers import Buffer
+from ..memory.layout import ALIGN_ELEMENTS, ParamSpec, Segment
 from ..memory.unit_memory import UnitMemory
-
-# By moment format, and whether the master is split.
-_KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
-    (FP32_MOMENTS.name, False): adamw_fp32_,
-    (FP32_MOMENTS.name, True): adamw_split_,
-    (EIGHT_BIT_MOMENTS.name, False): adamw_fp32_8bit_,
-    (EIGHT_BIT_MOMENTS.name, True): adamw_split_8bit_,
-}
+from .rule import UpdateRule, saved_format
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -50,10 +24,10 @@ class ParamState:
     `residual` the int16 `lo` half; `moments` by name what the format (`MomentFormat`) consists of, nothing until there
     is an optimizer. All have the parameter's shape (scales of 8-bit moments: one entry for each block), on the device
     where the parameter is updated. `live` is the tensor behind `param.data`: `weight` itself, or its copy on the GPU
-    where the parameter is used there and updated in RAM. `order` is the registration order in the model; `unit` is
-    None for a parameter that does not stream, whose `segment` has offsets only if it is updated in RAM. `version` is
-    `param._version` when the residual was last known to belong to the weights. `moment_format` is None until there is
-    an optimizer, and for frozen parameters.
+    where the parameter is used there and updated in RAM. `order` is the registration order in the model, `group` the
+    number of the `StateGroup` that the parameter moves with; the `segment` of one that is updated on the device has no
+    offsets. `streams` says that leases stand in for it in computing. `version` is `param._version` when the residual
+    was last known to belong to the weights. `rule` is None until there is an optimizer, and for frozen parameters.
 
     State that lives on disk is `residual` and `moments` only between `attach` and `detach`. `residual_is_stale` says
     that the one on disk belongs to other weights, and counts as zero.
@@ -61,7 +35,8 @@ class ParamState:
 
     order: int
     param: torch.nn.Parameter
-    unit: int | None
+    group: int
+    streams: bool
     segment: Segment
     weight: torch.Tensor
     residual: torch.Tensor | None
@@ -69,7 +44,7 @@ class ParamState:
     step: int = 0
     version: int = 0
     live: torch.Tensor = None  # type: ignore[assignment] # set below
-    moment_format: MomentFormat | None = None
+    rule: UpdateRule | None = None
     residual_is_stale: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +66,12 @@ class ParamState:
         """The parameter's qualified name in the model."""
         return self.spec.name
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether residual and moments, as far as there are any, are tensors now."""
+        parts = 0 if self.rule is None else len(self.rule.format.parts)
+        return len(self.moments) == parts and (self.residual is not None or not self.spec.split)
+
     def check_outside_write(self) -> None:
         """Clear the residual if the weights were written through the parameter since it was last valid.
 
@@ -100,10 +81,15 @@ class ParamState:
             self.follow_live()
             self.version = self.param._version
 
+    def note_update(self) -> None:
+        """Let autograd's own check find a graph that was built on the old weights."""
+        torch.autograd.graph.increment_version(self.param)
+        self.version = self.param._version
+
     def attach(self, memory: UnitMemory) -> None:
         """Use the residual and moments that `memory` has just got from disk."""
         self.residual = memory.residual(self.segment)
-        if self.moment_format is not None:
+        if self.rule is not None:
             self.moments = memory.moments(self.segment)
         if self.residual is not None and self.residual_is_stale:
             self.residual.zero_()
@@ -186,13 +172,15 @@ class ParamState:
         assert self.residual is not None, "on disk: attach it first"
         return join_master(self.weight, self.residual).view(self.spec.shape)
 
-    def check_saved_moments(self, saved: Mapping[str, Any]) -> None:
-        """Raise `CheckpointError` unless `saved`, of either format, holds this parameter's moments."""
-        if self.moment_format is None:
+    def check_saved(self, saved: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` unless `saved`, in any format that the rule reads, is this parameter's state."""
+        rule = self.rule
+        if rule is None:
             raise CheckpointError(
                 f"{self.name}: the saved state has moments, but this model's parameter is frozen and has none"
             )
-        for part in moment_format_of(saved).parts:
+        form = saved_format(rule, saved)
+        for part in (form or rule.readable[0]).parts:
             value = saved.get(part.name)
             shape = part.shape(self.spec)
             if not isinstance(value, torch.Tensor) or value.shape != shape:
@@ -205,8 +193,7 @@ class ParamState:
                     f"{self.name}: saved {part.name} has dtype {value.dtype}, wanted {part.dtype}; moments are "
                     "fp32, or 8-bit codes with scales as hf_slideformer writes them"
                 )
-
-        if not isinstance(saved.get("step"), (int, float, torch.Tensor)):
+        if not isinstance(saved.get("step", None if rule.counts_steps else 1), (int, float, torch.Tensor)):
             raise CheckpointError(f"{self.name}: the saved state has no step count")
         residual = saved.get("master_residual")
         if self.spec.split and residual is not None and tuple(residual.shape) != self.spec.shape:
@@ -216,14 +203,17 @@ class ParamState:
             )
 
     def load_moments(self, saved: Mapping[str, Any]) -> None:
-        """Copy checked moments into place: bit for bit, or converted from the other format."""
-        have, want = moment_format_of(saved), self.moment_format
-        assert want is not None and self.moments, "frozen, or on disk: attach it first"
+        """Copy checked moments into place: bit for bit, or converted from another format."""
+        rule = self.rule
+        assert rule is not None, "frozen"
+        have = saved_format(rule, saved)
+        assert have is not None, "check_saved comes first"
         values = {part.name: saved[part.name] for part in have.parts}
-        if have is not want:  # where the saved tensors lie: on a GPU there may be no room for a second format
-            values = convert_moments(
-                {part.name: values[part.name].to(part.dtype) for part in have.parts}, want
-            )
+        if (
+            have != rule.format
+        ):  # where the saved tensors lie: on a GPU there may be no room for a second format
+            values = rule.convert({part.name: values[part.name].to(part.dtype) for part in have.parts}, have)
+        assert values.keys() == self.moments.keys(), "on disk: attach it first"
         for name, value in values.items():
             self.moments[name].copy_(value)
 
@@ -243,126 +233,59 @@ def set_gradient(state: ParamState, grad: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Hyperparams:
-    """A snapshot of one parameter group at one step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-
-    @classmethod
-    def of_group(cls, group: dict) -> Hyperparams:
-        """Read a `torch.optim` parameter group; tensors become Python floats."""
-        beta1, beta2 = group["betas"]
-        return cls(
-            float(group["lr"]), float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
-        )
-
-    def scalars(self, step: int) -> AdamWScalars:
-        """The kernel's scalars for update number `step` (from 1)."""
-        return adamw_scalars(
-            lr=self.lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            step=step,
-        )
-
-
-def zero_moments(moments: MomentFormat, spec: ParamSpec, device: torch.device) -> dict[str, torch.Tensor]:
-    """The moments by name of a parameter that has not been updated yet, in tensors of their own."""
-    return {
-        part.name: torch.zeros(part.shape(spec), dtype=part.dtype, device=device) for part in moments.parts
-    }
-
-
-def convert_moments(given: Mapping[str, torch.Tensor], to: MomentFormat) -> dict[str, torch.Tensor]:
-    """Moments by name, from the other format, in new tensors beside those given.
-
-    To 8 bits they are rounded as an update would round them; to fp32 they become what the next update would read.
-    """
-    convert: Callable[..., tuple[torch.Tensor, ...]] = (
-        quantize_moments if to is EIGHT_BIT_MOMENTS else dequantize_moments
-    )
-    converted = convert(**{name: tensor.contiguous() for name, tensor in given.items()})
-    return dict(zip([part.name for part in to.parts], converted, strict=True))
-
-
-def apply_update(
-    weight: torch.Tensor,
-    residual: torch.Tensor | None,
-    grad: torch.Tensor,
-    moments: Mapping[str, torch.Tensor],
-    scalars: AdamWScalars,
-    grad_scale: float,
-    threads: int | None,
-) -> None:
-    """One AdamW update in place on the device of its tensors; `moments` by name, in either format."""
-    kwargs = {"threads": threads} if weight.device.type == "cpu" else {}
-    kernel = _KERNELS[moment_format_of(moments).name, residual is not None]
-    masters = (weight,) if residual is None else (weight, residual)
-    with torch.no_grad():
-        kernel(*masters, grad, **moments, scalars=scalars, grad_scale=grad_scale, **kwargs)
-
-
-@dataclass(frozen=True, slots=True)
 class UpdateRun:
-    """Neighbouring parameters of a unit that one kernel call updates, with that call's numbers."""
+    """Neighbouring parameters that one kernel call updates, with that call's numbers."""
 
     members: list[ParamState]
-    scalars: AdamWScalars
+    rule: UpdateRule
+    scalars: Any
     grad_scale: float
+
+    def apply(
+        self,
+        weight: torch.Tensor,
+        residual: torch.Tensor | None,
+        grad: torch.Tensor,
+        moments: Mapping[str, torch.Tensor],
+        threads: int,
+    ) -> None:
+        """Update tensors of all members in place, on the device where they are."""
+        masters = (weight,) if residual is None else (weight, residual)
+        with torch.no_grad():
+            on_cpu = weight.device.type == "cpu"
+            self.rule.apply(
+                masters, grad, moments, self.scalars, self.grad_scale, threads if on_cpu else None
+            )
 
 
 def plan_runs(
     states: Sequence[ParamState],
-    hyperparams: Callable[[ParamState], Hyperparams],
+    hyperparams: Callable[[ParamState], Hashable],
     grad_scale: Callable[[ParamState], float],
 ) -> list[UpdateRun]:
     """Group neighbouring parameters of a unit that one kernel call can update.
 
     Neighbours join where they are adjacent in the unit's buffers, are stored alike, and share hyperparameters, step
     number and clip coefficient. Alignment padding between them, whose values nobody reads, does no harm where
-    moments are elementwise. A block's scale is a maximum over its elements, so there must be none.
+    moments are elementwise. A block's scale is a maximum over its elements, so there must be none. Parameters with
+    tensors of their own have no neighbours.
     """
-    runs: list[tuple[list[ParamState], tuple]] = []
+    runs: list[tuple[list[ParamState], UpdateRule, tuple]] = []
     for state in sorted(states, key=lambda s: s.segment.state_offset):
+        assert state.rule is not None, "nothing is updated without an optimizer"
         key = (state.spec.split, state.spec.dtype, hyperparams(state), state.step, grad_scale(state))
-        if runs and runs[-1][1] == key:
+        if runs and runs[-1][2] == key and not state.segment.is_alone:
             last = runs[-1][0][-1].segment
             padding = state.segment.state_offset - last.state_offset - last.spec.numel
-            assert state.moment_format is not None
-            if padding < (ALIGN_ELEMENTS if state.moment_format.elementwise else 1):
+            if padding < (ALIGN_ELEMENTS if state.rule.format.elementwise else 1):
                 runs[-1][0].append(state)
                 continue
-        runs.append(([state], key))
-    return [UpdateRun(members, key[2].scalars(key[3]), key[4]) for members, key in runs]
-
-
-@dataclass(frozen=True, slots=True)
-class UnitUpdate:
-    """One update of a unit, for the worker.
-
-    Attributes:
-        run: does it, from a gradient buffer.
-        after: what has to be done first: its state comes from disk.
-        drop: to be called where it will not run.
-    """
-
-    run: Callable[[HostBuffer | BufferView], None]
-    after: tuple[Handle, ...] = ()
-    drop: Callable[[], None] = lambda: None
+        runs.append(([state], state.rule, key))
+    return [UpdateRun(members, rule, rule.scalars(key[2], key[3]), key[4]) for members, rule, key in runs]
 
 
 def update_unit(
-    memory: UnitMemory,
-    grads: HostBuffer | BufferView,
-    grads_fp32: bool,
-    runs: Sequence[UpdateRun],
-    threads: int,
+    memory: UnitMemory, grads: Buffer, grads_fp32: bool, runs: Sequence[UpdateRun], threads: int
 ) -> None:
     """Update the parameters in `runs`, all of one unit, from a gradient buffer; runs on the update worker."""
     for run in runs:
@@ -377,25 +300,8 @@ def update_unit(
             grad = grads.tensor(torch.float32, first.state_offset * 4, numel)
         else:
             grad = grads.tensor(spec.dtype, first.grad_offset, numel)
-        apply_update(
-            memory.master_weights.tensor(spec.dtype, first.weight_offset, numel),
-            residual,
-            grad,
-            memory.flat_moments(first.state_offset, numel),
-            run.scalars,
-            run.grad_scale,
-            threads,
-        )
+        weight = memory.master_weights.tensor(spec.dtype, first.weight_offset, numel)
+        run.apply(weight, residual, grad, memory.flat_moments(first.state_offset, numel), threads)
 
 
-__all__ = [
-    "Hyperparams",
-    "ParamState",
-    "UnitUpdate",
-    "UpdateRun",
-    "apply_update",
-    "convert_moments",
-    "plan_runs",
-    "update_unit",
-    "zero_moments",
-]
+__all__ = ["ParamState", "UpdateRun", "plan_runs", "set_gradient", "update_unit"]

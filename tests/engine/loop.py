@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.engine.model.batch_shape import BatchShape
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.optim.state import ParamState
 from hf_slideformer.planner.workload import Decisions
 
@@ -58,12 +59,14 @@ def prepare(
     """Engine and optimizer (weight decay on matrices only) over `model`."""
     engine = SlideEngine(
         model,
-        device=torch.device(device),
-        bf16=bf16,
-        config=config or SlideConfig(),
-        micro_batches=2 if accumulates else 1,
-        overlap_is_exact=overlap_is_exact,
-        shape=shape,
+        Setup(
+            device=torch.device(device),
+            bf16=bf16,
+            config=config or SlideConfig(),
+            micro_batches=2 if accumulates else 1,
+            overlap_is_exact=overlap_is_exact,
+            shape=shape,
+        ),
         decisions=decisions,
         delays=delays,
     )

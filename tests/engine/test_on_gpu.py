@@ -8,6 +8,7 @@ import torch
 
 from hf_slideformer import SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.setup import Setup
 from tests.engine.run.test_repeated import MODELS, ORDERS, train_by
 from tests.engine.state.test_gradients import Checkpointed, Model, Tiled, gradients, make, stream
 
@@ -68,7 +69,7 @@ def _losses(device, train):
     if train:
         run = prepare(model, device=device, config=config)
     else:
-        SlideEngine(model, device=torch.device(device), bf16=True, config=config, for_training=False)
+        SlideEngine(model, Setup(device=torch.device(device), bf16=True, config=config), for_training=False)
         model.eval()
     found = []
     with torch.set_grad_enabled(train):

@@ -9,6 +9,7 @@ import torch
 from hf_slideformer import SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.engine.model.batch_shape import BatchShape
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.engine.profiling.allocations import AllocationTracker
 
 from .loop import batches, decide, prepare, step, tiny_llama, train
@@ -127,11 +128,13 @@ def test_ram_and_disk_are_planned_before_there_is_an_optimizer(tmp_path, update)
     placed = decide(offload=ALL, on_disk=ALL, disk_buffers=2, slots=2)
     engine = SlideEngine(
         tiny_llama(**SHAPE),
-        device=torch.device("cpu"),
-        bf16=True,
-        config=SlideConfig(gpu_memory="1GiB", nvme_dir=str(tmp_path), update=update),
+        Setup(
+            device=torch.device("cpu"),
+            bf16=True,
+            config=SlideConfig(gpu_memory="1GiB", nvme_dir=str(tmp_path), update=update),
+            shape=BatchShape(BATCH, SEQ, "of the test"),
+        ),
         for_training=False,
-        shape=BatchShape(BATCH, SEQ, "of the test"),
         decisions=dataclasses.replace(placed, weights_on_disk=(0, 1, 3, 5), staging_buffers=2),
     )
     lazy = 2 * BATCH * SEQ * 128 * 2  # buffers for inputs that leave

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_slideformer import SlideConfig
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import StateError, TransferError, UnsupportedModelError
 
 from .loop import assert_same_bits, prepare, tiny_llama, train
@@ -162,4 +163,12 @@ def test_a_refused_second_optimizer_changes_nothing():
 def test_other_settings_on_a_prepared_model_are_refused():
     run = prepare(tiny_llama())
     with pytest.raises(StateError, match="accumulates=False and is now wanted with True"):
-        run.engine.check_settings(bf16=True, config=SlideConfig(), micro_batches=2, overlap_is_exact=False)
+        run.engine.check_setup(
+            Setup(
+                device=run.engine.device,
+                bf16=True,
+                config=SlideConfig(),
+                micro_batches=2,
+                overlap_is_exact=False,
+            )
+        )

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.setup import Setup
 
 VOCAB = 64
 
@@ -192,10 +193,12 @@ def slide_loop(
     model = llama() if model is None else model
     engine = SlideEngine(
         model,
-        device=torch.device("cpu"),
-        bf16=bf16,
-        config=SlideConfig(update=update),
-        micro_batches=2 if accumulates else 1,
+        Setup(
+            device=torch.device("cpu"),
+            bf16=bf16,
+            config=SlideConfig(update=update),
+            micro_batches=2 if accumulates else 1,
+        ),
         delays=delays,
     )
     optimizer = SlideAdamW(_groups(model), lr=lr)

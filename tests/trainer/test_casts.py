@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from hf_slideformer import SlideConfig, SlideTrainer
 from hf_slideformer.engine.engine import engine_of
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import StateError
 from tests.engine.loop import decide
 from tests.trainer import runs
@@ -186,9 +187,11 @@ def test_wherever_state_is(tmp_path, decisions):
     expected = runs.masters(model)
     SlideEngine(
         model,
-        device=torch.device("cpu"),
-        bf16=True,
-        config=SlideConfig(nvme_dir=str(tmp_path)) if decisions.on_disk else SlideConfig(),
+        Setup(
+            device=torch.device("cpu"),
+            bf16=True,
+            config=SlideConfig(nvme_dir=str(tmp_path)) if decisions.on_disk else SlideConfig(),
+        ),
         decisions=decisions,
     )
     runs.assert_same_weights(runs.masters(model.float()), expected, atol=0)

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from hf_slideformer import SlideAccelerator, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine, engine_of
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import StateError
 
 from . import runs
@@ -308,7 +309,9 @@ def _reattached(loop):
     names = {id(param): name for name, param in loop.model.named_parameters()}
     for group in optimizer.param_groups:
         group["params"] = [model.get_parameter(names[id(param)]) for param in group["params"]]
-    engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig(update="deferred"))
+    engine = SlideEngine(
+        model, Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig(update="deferred"))
+    )
     engine.attach_optimizer(optimizer)
     return runs.Loop(model, optimizer, engine.clip_grad_norm_, engine)
 

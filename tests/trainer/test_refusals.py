@@ -12,6 +12,7 @@ from transformers import Trainer
 from hf_slideformer import SlideAdamW, SlideConfig, SlideTrainer
 from hf_slideformer.accelerator import check_environment
 from hf_slideformer.engine.engine import SlideEngine, engine_of
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import (
     ConfigError,
     PlanError,
@@ -262,7 +263,7 @@ def test_requires_grad_of_a_streamed_parameter_changed():
 def test_resident_parameter_unfrozen():
     model = runs.llama()
     model.lm_head.weight.requires_grad_(False)
-    engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
+    engine = SlideEngine(model, Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig()))
     optimizer = SlideAdamW(model.parameters())  # the frozen one among them, as torch allows
     engine.attach_optimizer(optimizer)
     model.lm_head.weight.requires_grad_(True)
@@ -318,7 +319,7 @@ def test_hooks_on_streamed_parameters(tmp_path):
 def test_backward_without_an_optimizer():
     # And with one, the engine goes on: nothing of the refused backward is left.
     model, plain = runs.llama(), runs.plain_loop()
-    engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
+    engine = SlideEngine(model, Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig()))
     first, second = runs.batches(2)
     for _ in range(2):
         loss = model(input_ids=first, labels=first).loss
@@ -344,9 +345,7 @@ def test_backward_without_an_optimizer_is_refused_wherever_parameters_are(decide
     everything = range(4) if decided == "resident" else ()
     engine = SlideEngine(
         model,
-        device=torch.device("cpu"),
-        bf16=False,
-        config=SlideConfig(),
+        Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig()),
         decisions=decide(resident=everything, keep=everything, units=4),
     )
     assert [unit.streamed for unit in engine.executor.units] == [decided == "streamed"] * 4
@@ -381,7 +380,7 @@ def test_second_backward_through_one_graph(between):
 
 def test_optimizer_of_another_model():
     model, other = runs.llama(), runs.llama()
-    engine = SlideEngine(model, device=torch.device("cpu"), bf16=False, config=SlideConfig())
+    engine = SlideEngine(model, Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig()))
     with pytest.raises(UnsupportedModelError, match="make the optimizer from the same model object"):
         engine.attach_optimizer(SlideAdamW(other.parameters()))
 

@@ -9,20 +9,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from ...config import SlideConfig
 from ...errors import ConfigError, UnsupportedModelError
-from ...memory.layout import (
-    FP32_MOMENTS,
-    MOMENT_FORMATS,
-    MomentFormat,
-    ParamSpec,
-    UnitLayout,
-    lay_out,
-)
+from ...memory.layout import EIGHT_BIT_MOMENTS, ParamSpec, UnitLayout, lay_out
 from ...memory.mappings import mapped_from_files
+from ...optim.rule import UpdateRule
 from ...planner.profile import ModelProfile
 from ...planner.workload import Decisions, Workload
 from .head import HeadChoice, find_head, output_embeddings
+from .setup import Setup
 from .source import without_data
 from .units import (
     UnitModule,
@@ -50,23 +44,14 @@ class Blueprint:
     overlapped: bool
     head: HeadChoice
     micro_batches: int
-    moments: MomentFormat
+    rule: UpdateRule
     on_gpu: bool
     mapped: frozenset[str]
     remade: frozenset[str]
 
     @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        *,
-        bf16: bool,
-        config: SlideConfig,
-        micro_batches: int,
-        overlap_is_exact: bool,
-        on_gpu: bool,
-    ) -> Blueprint:
-        """The parts of `model`; arguments as for `SlideEngine`.
+    def of(cls, model: nn.Module, setup: Setup) -> Blueprint:
+        """The parts of `model`, trained as `setup` says.
 
         Raises:
             UnsupportedModelError: nothing to stream, or weights that cannot be.
@@ -75,12 +60,12 @@ class Blueprint:
         units = find_units(model)
         specs = {}
         for name, param in model.named_parameters():
-            specs[id(param)] = param_spec(model, name, param, bf16=bf16)
+            specs[id(param)] = param_spec(model, name, param, bf16=setup.bf16)
         for unit in units:
             for name, param in unit.parameters.items():
                 check_no_hooks(name, param)
         if (
-            micro_batches > 1
+            setup.accumulates
             and not hasattr(torch.Tensor, "grad_dtype")
             and any(spec.trainable and spec.dtype != torch.float32 for spec in specs.values())
         ):
@@ -89,22 +74,22 @@ class Blueprint:
                 f"{torch.__version__}; upgrade torch, or use gradient_accumulation_steps=1"
             )
         owned = {id(param) for unit in units for param in unit.parameters.values()}
-        if config.update == "overlapped" and micro_batches > 1:
+        if setup.config.update == "overlapped" and setup.accumulates:
             raise ConfigError(
                 "update='overlapped' needs gradient_accumulation_steps=1: a unit's update would start before its "
                 "gradient is complete; use update='deferred'"
             )
-        overlapped = config.update == "overlapped" or (config.update == "auto" and overlap_is_exact)
+        on_gpu = setup.device.type == "cuda"
         return cls(
             units=units,
             layouts=[lay_out([specs[id(param)] for param in unit.parameters.values()]) for unit in units],
             specs=specs,
             outside=[spec for key, spec in specs.items() if key not in owned],
             last_gradients=_before_units(model, specs, owned),
-            overlapped=overlapped,
-            head=find_head(model, mode=config.loss, on_gpu=on_gpu),
-            micro_batches=micro_batches,
-            moments=MOMENT_FORMATS[config.optimizer_states],
+            overlapped=setup.overlapped,
+            head=find_head(model, mode=setup.config.loss, on_gpu=on_gpu),
+            micro_batches=setup.micro_batches,
+            rule=setup.update_rule,
             on_gpu=on_gpu,
             mapped=_mapped(model, specs),
             remade=_remade(model, specs),
@@ -119,12 +104,17 @@ class Blueprint:
             training=training,
             overlapped=self.overlapped,
             micro_batches=self.micro_batches,
-            moments=self.moments,
+            moments=self.rule.format,
             on_gpu=self.on_gpu,
             last_gradients=self.last_gradients,
             mapped=self.mapped,
             remade=self.remade,
         )
+
+    @property
+    def fp32_sums(self) -> bool:
+        """Whether gradients are fp32 from the first micro-batch on."""
+        return self.micro_batches > 1
 
     def streamed_layouts(self, decisions: Decisions) -> list[UnitLayout]:
         """Layouts of the units that stream."""
@@ -143,7 +133,7 @@ class Blueprint:
                 "fp32 weights with bf16=True are exact fp32 masters that compute in bf16, residual stream included; "
                 "they are saved in fp32"
             )
-        if training and self.moments is not FP32_MOMENTS:
+        if training and self.rule.format == EIGHT_BIT_MOMENTS:
             notes.append(
                 "8-bit moments are rounded at every update: results differ from those of plain AdamW"
             )

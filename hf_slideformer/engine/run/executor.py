@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 from ...errors import StateError, UnsupportedModelError
 from ...memory.limits import INPUTS_COMING
 from ...memory.offload import OffloadedTensor, TensorOffload
-from ...memory.pool import Lease, SlotPool
+from ...memory.pool import SlotLease, SlotPool
 from ..model.stand_ins import ReplacedMethod
 from ..model.units import check_no_hooks
 from ..state.order import Tape, after_backward, after_forward
@@ -44,6 +44,9 @@ from .recorders import captured, captured_lengths
 
 class GradientSink(Protocol):
     """Takes a unit's gradients as soon as its backward has been issued."""
+
+    def check(self) -> None:
+        """Called at every use of a unit; raises if the engine cannot go on."""
 
     def begin_forward(self) -> None:
         """Called before the first unit runs forward since the last backward or step, with autograd on."""
@@ -67,7 +70,6 @@ class Executor:
         pool: the slots.
         offload: moves units' inputs to RAM and back.
         sink: receives gradients.
-        check: called at every use; raises if the engine cannot go on.
     """
 
     def __init__(
@@ -77,18 +79,16 @@ class Executor:
         pool: SlotPool,
         offload: TensorOffload,
         sink: GradientSink,
-        check: Callable[[], None],
     ) -> None:
         self.device = device
         self.units = units
         self.pool = pool
         self.offload = offload
-        self._streamed = frozenset(unit.index for unit in units if unit.streamed)
+        self._streamed = frozenset(unit.index for unit in units if unit.streams)
         self._layer_states = {unit.index: LayerState(unit.found.module) for unit in units}
         # Runs whose inputs are in RAM, in forward order; gone when their graph is.
         self._parked: list[weakref.ref[UnitCall]] = []
         self.sink = sink
-        self.check = check
         # While a unit is differentiated alone, which calls hooks on resident parameters too, once more than autograd's
         # own run does when it fills their gradients.
         self.in_unit = False
@@ -102,14 +102,14 @@ class Executor:
         for index in first:
             self.pool.prefetch(self.units[index], keep=first)
 
-    def lease(self, unit: Unit, following: tuple[int, ...]) -> Lease:
+    def lease(self, unit: Unit, following: tuple[int, ...]) -> SlotLease:
         """Weights of `unit` on the device, the units `following` on their way."""
-        self.check()
-        if unit.streamed:
+        self.sink.check()
+        if unit.streams:
             unit.drop_stale_copy(self.pool)
             lease = self.pool.acquire(unit)
         else:
-            lease = Lease.nothing()
+            lease = SlotLease.nothing()
         try:
             for index in following:
                 self.pool.prefetch(self.units[index], keep=(unit.index, *following))
@@ -140,13 +140,12 @@ class Executor:
         if not self.tape.recorded or unit.index == self.tape.expected[0]:
             self.sink.begin_forward()
         position = self.tape.record(unit.index)
-        unit.forwards_since_step += 1
-        if unit.forwards_since_step == 2:
+        if unit.ran_forward() == 2:
             self.sink.runs_again(unit)
         keeps = unit.keeps_for(tensors)
         # What all layers share (an encoder's output) would get its gradients summed in another order than where units
         # stream, so such layers go the same way as those.
-        if keeps and not unit.streamed and sum(tensor.requires_grad for tensor in tensors) <= 1:
+        if keeps and not unit.streams and sum(tensor.requires_grad for tensor in tensors) <= 1:
             self.lease(unit, self._following(unit))
             return unit.original_forward(*args, **kwargs)
         call = UnitCall(self, unit, leaves, spec, position, keeps)
@@ -210,7 +209,7 @@ class Executor:
                 place = call.unit.place_for(leaf)
                 call.parked[position] = parked = self.offload.store(call.unit.name, leaf, into=place)
                 if place is not None:
-                    call.unit.waiting = weakref.ref(parked)
+                    call.unit.wait_in_place(parked)
                 leaf.data = leaf.new_empty(0)
                 self._parked = [ref for ref in self._parked if ref() is not None]
                 self._parked.append(weakref.ref(call))
@@ -495,7 +494,7 @@ class Ambient:
 
 
 @contextlib.contextmanager
-def bound(unit: Unit, lease: Lease, *, check_trainable: bool = True) -> Iterator[None]:
+def bound(unit: Unit, lease: SlotLease, *, check_trainable: bool = True) -> Iterator[None]:
     """Put the device leaves in the place of the unit's parameters in the module tree.
 
     The parameters themselves (host tensors that the optimizer and the user hold) are never touched.

@@ -19,6 +19,7 @@ from ...memory.pool import SlotPool
 from ...optim.state import ParamState
 from ..model.stand_ins import Hook, ReplacedMethod
 from .adapters import watch_adapters
+from .group import StateGroup
 from .parameters import (
     ModelRuns,
     guard_parameter,
@@ -27,7 +28,7 @@ from .parameters import (
     share_tied,
     unguarded,
 )
-from .placement import PlacedState
+from .placement import PlacedModel, make_ordinary
 from .updates import Updates
 
 
@@ -40,7 +41,7 @@ class StateAccess:
         pool: copies of units on the device.
     """
 
-    def __init__(self, placed: PlacedState, updates: Updates, pool: SlotPool) -> None:
+    def __init__(self, placed: PlacedModel, updates: Updates, pool: SlotPool) -> None:
         self._placed = placed
         self._updates = updates
         self._pool = pool
@@ -57,7 +58,8 @@ class StateAccess:
         """Notice from now on who reads and writes the state without asking, and who runs the model."""
         watching = self._watching
         watching += watch_adapters(model, self.weights_in_hand)
-        outside = {id(state.param) for state in self._placed.outside}
+        # Before the model runs, and before a module of its own that a script runs by itself.
+        outside = {id(state.param) for state in self._placed.outside.states if state.updated_in_ram}
         for module in model.modules() if outside else ():
             owns = any(id(param) in outside for param in module.parameters(recurse=False))
             if owns or module is model or isinstance(module, PreTrainedModel):
@@ -76,9 +78,9 @@ class StateAccess:
         """Have code outside of the engine meet whole weights, and wait for them."""
         for state in self._placed.states:
             guard_parameter(state, self, self._runs)
-        streamed = {id(p) for unit in self._placed.streamed for p in unit.found.parameters.values()}
+        streamed = {id(state.param) for state in self._placed.states if state.streams}
         inside = {id(module) for unit in self._placed.units for module in unit.found.module.modules()}
-        units = {id(unit.found.module) for unit in self._placed.units if not unit.streamed}
+        units = {id(unit.found.module) for unit in self._placed.units if not unit.streams}
         hooks = self._run_hooks
         hooks.append(model.register_forward_pre_hook(Hook(self._runs, ModelRuns.forget)))
         for module in model.modules():
@@ -112,10 +114,11 @@ class StateAccess:
         self.unguard()
         for state in self._placed.states:
             state.param.grad = None
-        self._placed.free_for_training()
-        for group, states in enumerate(self._placed.by_unit()):
-            with self.state_in_memory(states):
-                self._placed.make_ordinary(states)
+        for group in self._placed.groups:
+            group.home.free_for_training()
+        for group in self._placed.groups:
+            with self.opened(group):
+                make_ordinary(group.states)
             self._placed.free(group)
         while self._watching:
             self._watching.pop().remove()
@@ -135,21 +138,13 @@ class StateAccess:
 
     def settle(self, state: ParamState) -> None:
         """See `WeightAccess`."""
-        if state.unit is None:
-            if state.updated_in_ram:
-                self._updates.synchronize()
-            return
-        unit = self._placed.units[state.unit]
-        if unit.pending_update is not None:
-            unit.pending_update.wait_host()
-        if unit.borrow_weights is not None:
-            assert self._placed.disk is not None
-            self._placed.disk.state.written[unit.index].wait_host()
+        self._placed.group_of(state).wait_host()
 
     def read_weight(self, state: ParamState, place: torch.Tensor) -> torch.Tensor:
         """See `WeightAccess`."""
         state.check_outside_write()
-        with self._placed.residual_in_memory(state):
+        group = self._placed.group_of(state)
+        with group.home.open_residual(state, group.pending):
             return state.read_at(place)
 
     def write_weight(self, state: ParamState, place: torch.Tensor, values: torch.Tensor) -> None:
@@ -157,8 +152,7 @@ class StateAccess:
         if state.residual is not None or not state.spec.split:
             state.write_at(place, values)
             return
-        assert state.unit is not None
-        with self.state_in_memory(self._placed.units[state.unit].states, write=True):
+        with self.opened(self._placed.group_of(state), write=True):
             state.write_at(place, values)
 
     def is_loading(self, state: ParamState) -> bool:
@@ -168,13 +162,11 @@ class StateAccess:
     # -- for those who ask -----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def state_in_memory(self, states: Sequence[ParamState], *, write: bool = False) -> Iterator[None]:
-        """Make `residual` and `moments` of parameters of one unit tensors that can be read, wherever they live.
-
-        Residuals of weights that were written from outside are cleared first.
+    def opened(self, group: StateGroup, *, write: bool = False) -> Iterator[None]:
+        """See `StateGroup.open`; once updates are done, and before it is written to what is being saved.
 
         Args:
-            states: all of one unit, or none of any unit.
+            group: of parameters.
             write: put changes back where the state lives.
 
         Raises:
@@ -183,10 +175,16 @@ class StateAccess:
         if write:
             self._updates.wait_held()
         self.synchronize()
-        for state in states:
-            state.check_outside_write()  # of what is on disk: what this clears stays cleared there
-        with self._placed.in_memory(states, write=write):
+        with group.open(write=write):
             yield
+
+    def state_in_memory(
+        self, states: Sequence[ParamState], *, write: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """The same for the group of `states`, which are of one."""
+        if not states:
+            return contextlib.nullcontext()
+        return self.opened(self._placed.group_of(states[0]), write=write)
 
     @contextlib.contextmanager
     def weights_in_hand(self, module: nn.Module) -> Iterator[None]:
@@ -200,13 +198,13 @@ class StateAccess:
         self._updates.wait_held()
         self.synchronize()
         states = [state for p in module.parameters() if (state := self._placed.state_of(p)) is not None]
-        units = {state.unit for state in states if state.unit is not None}
+        groups = dict.fromkeys(self._placed.group_of(state) for state in states)
         before: list[torch.Tensor | None] = []
         self._in_hand = True
         try:
             with contextlib.ExitStack() as stack:
-                for unit in units:
-                    stack.enter_context(self.state_in_memory(self._placed.units[unit].states, write=True))
+                for group in groups:
+                    stack.enter_context(self.opened(group, write=True))
                 stack.enter_context(unguarded(state.param for state in states))
                 for state in states:
                     joined = state.read_master()
@@ -241,9 +239,9 @@ class StateAccess:
     def forget_moments(self) -> None:
         """Make every moment and step count zero."""
         self._updates.wait_held()
-        for states in self._placed.by_unit():
-            with self.state_in_memory(states, write=True):
-                for state in states:
+        for group in self._placed.groups:
+            with self.opened(group, write=True):
+                for state in group.states:
                     state.step = 0
                     for tensor in state.moments.values():
                         tensor.zero_()
@@ -258,11 +256,13 @@ class StateAccess:
         with live_tensors():
             result = model.state_dict()
         joined: dict[int, torch.Tensor] = {}  # by address of the live tensor
-        for states in self._placed.by_unit():
+        for group in self._placed.groups:
             halves = [
-                state for state in states if state.spec.joined_on_save and (wanted is None or wanted(state))
+                state
+                for state in group.states
+                if state.spec.joined_on_save and (wanted is None or wanted(state))
             ]
-            with self.state_in_memory(halves):
+            with self.state_in_memory(halves):  # of those without, nothing is read
                 for state in halves:
                     joined[state.live.data_ptr()] = state.read_master()
         return {name: joined.get(value.data_ptr(), value) for name, value in result.items()}
@@ -289,10 +289,10 @@ class StateAccess:
         """Called after `load_state_dict`: residuals follow the weights, fp32 ones exactly."""
         if module is not self._load_root:
             return  # a part of a load that is still going on
-        for states in self._placed.by_unit():
-            loaded = any(state.order in self._loading for state in states)
-            with self.state_in_memory(states, write=True) if loaded else contextlib.nullcontext():
-                for state in states:
+        for group in self._placed.groups:
+            loaded = any(state.order in self._loading for state in group.states)
+            with self.opened(group, write=True) if loaded else contextlib.nullcontext():
+                for state in group.states:
                     if state.order in self._loading:
                         state.write_master(self._loading[state.order])
                     state.check_outside_write()

@@ -1,103 +1,132 @@
-"""Parameters outside of units whose optimizer state is in RAM: embeddings and head of a model on a small GPU.
+"""Beside the device: the home of parameters that are used there and updated in RAM.
 
-Their weights are on the device, where code outside of units reads them, and autograd fills their gradients there.
-`step()` sends the gradients to RAM, the update worker updates a master there, and the new weights come back. Whatever
-uses the model next waits for them.
+Embeddings and head of a model on a small GPU: their weights are on the device, where code outside of units reads them,
+and autograd fills their gradients there. A step sends the gradients to RAM, the update worker updates a master there,
+and the new weights come back. Whatever uses the model next waits for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from ...memory.transfer import Handle, Lane, compute_event
+from ...memory.buffers import HostBuffer
+from ...memory.layout import UnitLayout
+from ...memory.runtime import Runtime
+from ...memory.streams import compute_event
+from ...memory.transfer import Handle
 from ...memory.unit_memory import UnitMemory
-from ...memory.worker import UpdateWorker
-from ...metrics import Metrics
-from ...optim.state import ParamState
+from ...optim.rule import UpdateRule
+from ...optim.state import ParamState, update_unit
+from .home import Home, Step
 
 # Before units' updates: the embedding is what the next forward needs first.
 _PRIORITY = -1
 
 
-class OutsideUpdates:
-    """Updates parameters in RAM whose weights are on the device.
+class BesideDevice(Home):
+    """Parameters whose weights are on the device, and masters and moments in RAM.
+
+    Those that are not in `layout` are frozen, and on the device altogether.
 
     Args:
-        device: where the weights are.
-        memory: their host memory.
-        states: their states, `weight` in `memory` and `live` on the device.
-        to_host: device-to-host lane.
-        to_device: host-to-device lane.
-        worker: runs the update.
-        metrics: receives `d2h_bytes`, `h2d_bytes` and `updated_params`.
+        layout: of the parameters that are trained.
+        runtime: moves and updates them; its pins are asked for weights and gradients.
     """
 
-    def __init__(
-        self,
-        device: torch.device,
-        memory: UnitMemory,
-        states: Sequence[ParamState],
-        to_host: Lane,
-        to_device: Lane,
-        worker: UpdateWorker,
-        metrics: Metrics,
-    ) -> None:
-        self._device = device
-        self.memory = memory
-        self.states = list(states)
-        self._to_host, self._to_device = to_host, to_device
-        self._worker = worker
-        self._metrics = metrics
-        self._pending: Handle | None = None
-        # The gradients that are on their way: their memory must not be reused before they have left.
-        self._leaving: list[torch.Tensor] = []
+    def __init__(self, layout: UnitLayout, runtime: Runtime) -> None:
+        super().__init__(runtime)
+        nbytes = layout.weight_bytes + layout.grad_bytes
+        self._pin = nbytes > 0 and runtime.pins.take(nbytes)
+        lo = HostBuffer(2 * layout.lo_numel) if layout.lo_numel else None
+        self.memory = UnitMemory(layout, HostBuffer(layout.weight_bytes, pin=self._pin), lo)
+        self._has_moments = False
 
-    def step(self, states: Sequence[ParamState], update: Callable[[], None]) -> None:
-        """Send the gradients of `states` to RAM, run `update` there, and bring the new weights back."""
-        pairs = [
-            (self.memory.gradient(state.segment), state.param.grad)
-            for state in states
-            if state.param.grad is not None
-        ]
+    @property
+    def host_bytes(self) -> int:
+        """See `Home`."""
+        return self.memory.nbytes
+
+    def allocate(self, rule: UpdateRule, *, overlapped: bool, fp32_sums: bool) -> None:
+        """See `Home`; gradients pass through RAM also where they do not wait."""
+        layout = self.memory.layout
+        if not self._has_moments:
+            self._has_moments = True
+            self.memory.use_moments(
+                {
+                    part: HostBuffer(part.entries(layout.state_numel) * part.dtype.itemsize)
+                    for part in rule.format.parts
+                }
+            )
+        self._make_gradients(fp32=fp32_sums)
+        for state in self.states:
+            if state.spec.trainable:
+                state.rule = rule
+                state.moments = self.memory.moments(state.segment)
+
+    def _make_gradients(self, *, fp32: bool) -> None:
+        memory = self.memory
+        if memory.grads is None or fp32 != memory.grads_fp32:
+            nbytes = 4 * memory.layout.state_numel if fp32 else memory.layout.grad_bytes
+            memory.use_gradients(HostBuffer(nbytes, pin=self._pin), fp32=fp32)
+
+    def step(self, step: Step) -> Handle | None:
+        """See `Home`."""
+        states = [s for s in self.states if s.param.grad is not None and step.trains(s)]
+        if not states:
+            return None
+        for handle in step.after:
+            handle.wait_host()
+        runs = step.plan(states)
+        grads = [state.param.grad for state in states if state.param.grad is not None]
+        if any(grad.dtype != state.spec.dtype for state, grad in zip(states, grads, strict=True)):
+            self._make_gradients(fp32=True)  # sums, which may not be rounded on their way
+        memory, runtime = self.memory, self._runtime
+        buffer, fp32 = memory.grads, memory.grads_fp32
+        assert buffer is not None
+        done = self._send(states, grads, lambda: update_unit(memory, buffer, fp32, runs, runtime.threads))
+        for state in states:
+            state.note_update()
+            # Detached like streamed gradients: zero_grad(set_to_none=False) must not reach one on its way to RAM.
+            state.param.grad = None
+        return done
+
+    def _send(self, states: Sequence[ParamState], grads: Sequence[torch.Tensor], update) -> Handle:
+        """Gradients to RAM, `update` there, and new weights back."""
+        runtime, metrics = self._runtime, self._runtime.metrics
+        places = [self.memory.gradient(state.segment) for state in states]
         weights = [(state.live, state.weight) for state in states]
 
         def copy_gradients() -> None:
-            for target, grad in pairs:
-                target.copy_(grad, non_blocking=True)
+            for place, grad in zip(places, grads, strict=True):
+                place.copy_(grad, non_blocking=True)
 
         def copy_weights() -> None:
             for live, weight in weights:
                 live.copy_(weight, non_blocking=True)
 
-        self._leaving = [grad for _, grad in pairs]
-        issued = compute_event(self._device)
-        landed = self._to_host.submit("gradients outside of units", copy_gradients, after_events=(issued,))
-        updated = self._worker.submit("update outside of units", update, priority=_PRIORITY, after=(landed,))
-        self._pending = self._to_device.submit(
+        issued = compute_event(runtime.device)
+        landed = runtime.to_host.submit("gradients outside of units", copy_gradients, after_events=(issued,))
+        updated = runtime.worker.submit(
+            "update outside of units", runtime.guarded(update), priority=_PRIORITY, after=(landed,)
+        )
+        done = runtime.to_device.submit(
             "weights outside of units", copy_weights, after=(updated,), after_events=(issued,)
         )
-        self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in self._leaving))
-        self._metrics.add("h2d_bytes", sum(live.nbytes for live, _ in weights))
-        self._metrics.add("updated_params", sum(state.spec.numel for state in states))
+        done.keep(grads)  # their memory must not be reused before they have left
+        metrics.add("d2h_bytes", sum(grad.nbytes for grad in grads))
+        metrics.add("h2d_bytes", sum(live.nbytes for live, _ in weights))
+        metrics.add("updated_params", sum(state.spec.numel for state in states))
+        return done
 
-    def wait_stream(self) -> None:
-        """Make the current stream wait for the weights of the last step."""
-        if self._pending is not None:
-            self._pending.wait_stream()
-            self._pending, self._leaving = None, []
+    def free_for_training(self) -> None:
+        """See `Home`."""
+        super().free_for_training()
+        self.memory.use_gradients(None, fp32=False)
+        self.memory.use_moments({})
+        self._has_moments = False
 
-    def abandon(self) -> BaseException | None:
-        """Block until nothing of the last step is under way any more; returns why it failed, if it did."""
-        if self._pending is None:
-            return None
-        self._pending.settle()
-        error, self._pending, self._leaving = self._pending.error, None, []
-        return error
-
-    def wait_host(self) -> None:
-        """Block until the weights of the last step are in place."""
-        if self._pending is not None:
-            self._pending.wait_host()
-            self._pending, self._leaving = None, []
+    def free(self) -> None:
+        """See `Home`."""
+        self.memory = UnitMemory(self.memory.layout, HostBuffer(0))

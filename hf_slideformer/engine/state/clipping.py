@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from slideformer_kernels import sum_of_squares
@@ -12,8 +13,19 @@ from torch import nn
 
 from ...errors import StateError
 from ...optim.state import ParamState
-from .gradients import Gradients
 from .parameters import unguarded
+
+
+class GradientNorms(Protocol):
+    """What is known of gradients that wait for their update."""
+
+    def landed(self, state: ParamState) -> bool:
+        """Whether the parameter has a gradient in this step."""
+        ...
+
+    def squared_norm(self, state: ParamState) -> torch.Tensor | float:
+        """Its sum of squares: a float, or a 0-dim float64 device tensor."""
+        ...
 
 
 class Clipping:
@@ -32,7 +44,7 @@ class Clipping:
         self._states = states
         self.device = device
         self.overlapped = overlapped
-        self.gradients: Gradients | None = None
+        self.gradients: GradientNorms | None = None
         # By parameter: the gradient that was clipped, its version then, and the coefficient.
         self._clipped: dict[int, tuple[weakref.ref[torch.Tensor], int, float]] = {}
 

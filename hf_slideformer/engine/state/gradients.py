@@ -24,28 +24,31 @@ import collections
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from slideformer_kernels import accumulate_, sum_of_squares
 
 from ...errors import StateError
-from ...memory.buffers import HostBuffer
-from ...memory.disk.desks import DiskState
-from ...memory.layout import Span
+from ...memory.buffers import Buffer
+from ...memory.lease import released_on_error
 from ...memory.limits import COPIES_IN_FLIGHT
 from ...memory.offload import TensorOffload
 from ...memory.pool import SlotPool
-from ...memory.staging import Staged, StagingBuffers
-from ...memory.transfer import Handle, Lane, compute_event
+from ...memory.runtime import Runtime
+from ...memory.staging import StagingBuffers
+from ...memory.transfer import Handle
 from ...memory.unit_memory import grad_view
-from ...memory.worker import UpdateWorker
-from ...metrics import Metrics
-from ...optim.state import ParamState, UnitUpdate, set_gradient
-from .order import Tape
+from ...optim.state import ParamState, set_gradient
+from .streamed import StreamedUnit
 from .unit import Unit
+from .updates import Updates
 
 # Sums run before updates: a buffer that the copy lane waits for is freed soonest.
 _SUM_PRIORITY = -1
+
+# Parameters and what a backward gives them.
+_Grads = list[tuple[ParamState, torch.Tensor]]
 
 
 @dataclass(slots=True, eq=False)
@@ -58,11 +61,11 @@ class _Landing:
     unit: Unit
     states: dict[int, ParamState]
     handles: list[Handle]
-    part: HostBuffer | None = None
+    part: Buffer | None = None
 
     @classmethod
-    def of(cls, unit: Unit, states: list[ParamState], *handles: Handle) -> _Landing:
-        return cls(unit, {state.order: state for state in states}, list(handles))
+    def of(cls, unit: Unit, grads: _Grads, *handles: Handle) -> _Landing:
+        return cls(unit, {state.order: state for state, _ in grads}, list(handles))
 
 
 @dataclass(slots=True, eq=False)
@@ -97,59 +100,36 @@ class Gradients:
     """Receives units' gradients (see the module's text).
 
     Args:
-        device: where gradients are produced.
-        lane: device-to-host lane.
-        worker: runs sums and overlapped updates.
+        runtime: brings them home; its metrics receive `d2h_bytes` and `wait_gradients_s`.
+        updates: of units whose gradients are used up as they land; knows the order of units.
         pool: the slots; a unit's copy there goes stale when its update is enqueued.
         offload: brings back an input that waits where a gradient is to land.
-        metrics: receives `d2h_bytes` and `wait_gradients_s`.
-        fp32_sums: host gradients are fp32 from the first micro-batch on.
-        overlapped: start the update as soon as gradients land.
         staging: staging buffers, sized for the largest unit.
-        overlapped_update: called under `overlapped` with a unit and the parameters that have gradients; returns
-            their update, to be run by the worker.
-        take_scale: gives up a parameter's unused clip coefficient, which its gradient must be multiplied by before
-            more is added to it.
-        units: those that stream.
-        disk: where units' files are; None if no state is on disk.
-        tape: the order of units in forward; starts anew when a backward is complete.
+        fp32_sums: host gradients are fp32 from the first micro-batch on.
     """
 
     def __init__(
         self,
-        *,
-        device: torch.device,
-        lane: Lane,
-        worker: UpdateWorker,
+        runtime: Runtime,
+        updates: Updates,
         pool: SlotPool,
         offload: TensorOffload,
-        metrics: Metrics,
-        fp32_sums: bool,
-        overlapped: bool,
         staging: StagingBuffers,
-        overlapped_update: Callable[[Unit, list[ParamState]], UnitUpdate],
-        take_scale: Callable[[ParamState], float],
-        units: Sequence[Unit],
-        disk: DiskState | None,
-        tape: Tape,
+        *,
+        fp32_sums: bool,
     ) -> None:
-        self._device = device
-        self._lane = lane
-        self._worker = worker
+        self._runtime = runtime
+        self._updates = updates
+        self._overlapped = updates.overlapped
+        self._tape = updates.tape
+        self._take_scale = updates.clipping.take_scale
         self._pool = pool
         self._offload = offload
-        self._metrics = metrics
-        self._fp32_sums = fp32_sums
-        self._overlapped = overlapped
         self._staging = staging
-        self._overlapped_update = overlapped_update
-        self._take_scale = take_scale
-        self._disk = disk
-        self._tape = tape
-        self._units = units
+        self._fp32_sums = fp32_sums
         # Those that run now, outermost first.
         self._backwards: list[_Backward] = []
-        self._in_flight: collections.deque[tuple[Handle, list[torch.Tensor]]] = collections.deque()
+        self._in_flight: collections.deque[tuple[Handle, _Grads]] = collections.deque()
         # Sum of squares of a gradient as it landed, with the memory and version of `p.grad` that it belongs to.
         self._squares: dict[int, tuple[torch.Tensor | float, tuple[int, int] | None]] = {}
 
@@ -192,106 +172,80 @@ class Gradients:
             for state, grad in zip(trainable, grads, strict=True)
             if grad is not None
         ]
-        states, tensors = [state for state, _ in present], [grad for _, grad in present]
-        if not tensors:
+        if not present:
             return
-        if self._overlapped:
-            handle = self._push_overlapped(unit, states, tensors)
-        else:
-            handle = self._push_deferred(unit, states, tensors)
-        self._metrics.add("d2h_bytes", sum(grad.nbytes for grad in tensors))
+        left = (
+            self._push_overlapped(unit, present) if self._overlapped else self._push_deferred(unit, present)
+        )
+        self._runtime.metrics.add("d2h_bytes", sum(grad.nbytes for _, grad in present))
         # References are held until the copy is done: the stream that frees the memory waits for the copy first,
         # two units later, when it is long over.
-        self._in_flight.append((handle, tensors))
+        self._in_flight.append((left, present))
         while len(self._in_flight) > COPIES_IN_FLIGHT:
             self._in_flight.popleft()[0].wait_stream()
 
-    def _push_deferred(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+    def _push_deferred(self, unit: Unit, grads: _Grads) -> Handle:
         landing = self._landing.get(unit.index)
         if landing is not None:
-            return self._push_part(landing, states, tensors)
-        for outer in self._backwards[
-            :-1
-        ]:  # what it gave this unit before it was interrupted by this backward
+            return self._push_part(landing, grads)
+        for outer in self._backwards[:-1]:
+            # What it gave this unit before it was interrupted by this backward.
             if (earlier := outer.landing.pop(unit.index, None)) is not None:
                 self._land([earlier])
-        # What goes to disk is written over all of the unit's gradients, so that none of them may be there.
-        span = unit.memory.grads_span
-        written = states if span is None else unit.states
+        home = _home(unit)
+        written = home.written_with([state for state, _ in grads])
         pending = any(state.param.grad is not None for state in written)
         if pending and unit.open_calls:
-            landing = _Landing(unit, {}, [], self._part_buffer(unit))
+            landing = _Landing(unit, {}, [], home.part_buffer())
             self._landing[unit.index] = landing
-            return self._push_part(landing, states, tensors)
+            return self._push_part(landing, grads)
         if self._fp32_sums or pending:
-            return self._push_sum(unit, states, tensors)
-        if span is not None:
-            return self._push_to_disk(unit, states, tensors, span)
-        return self._push_own(unit, states, tensors)
+            return self._push_sum(unit, grads)
+        return self._push_own(unit, grads)
 
     @property
     def _landing(self) -> dict[int, _Landing]:
         return self._backwards[-1].landing
 
-    def _push_own(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
-        unit.memory.allocate_gradients(fp32=False)
-        for state, grad in zip(states, tensors, strict=True):
-            self._squares[state.order] = (sum_of_squares(grad), None)
-        targets = [unit.memory.gradient(state.segment) for state in states]
+    def _push_own(self, unit: Unit, grads: _Grads) -> Handle:
+        self._measure(grads)
         # The input of another run of this unit may still wait there (a layer used twice, two forwards in a row).
-        waiting = unit.waiting() if unit.waiting is not None else None
-        handle = self._copy(unit, targets, tensors, after=[self._offload.fetch(waiting)] if waiting else [])
-        self._landing[unit.index] = _Landing.of(unit, states, handle)
-        return handle
+        back = unit.bring_back_input(self._offload.fetch)
+        landed = _home(unit).land(grads, self._staging, after=back)
+        self._landing[unit.index] = _Landing.of(unit, grads, landed.left, landed.there)
+        return landed.left
 
-    def _push_to_disk(
-        self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor], span: Span
-    ) -> Handle:
-        assert self._disk is not None
-        disk = self._disk
-        unit.memory.allocate_gradients(fp32=False)
-        for state, grad in zip(states, tensors, strict=True):
+    def _measure(self, grads: _Grads) -> None:
+        for state, grad in grads:
             self._squares[state.order] = (sum_of_squares(grad), None)
-        staged = self._staging.staged()
 
-        def write() -> None:
-            with staged.read() as buffer:
-                disk.write(unit.index, buffer, span)
-
-        with staged.dropped_on_error():
-            handle = self._copy_staged(unit, staged, states, tensors)
-            done = disk.writes.submit(
-                f"gradients of {unit.name} to disk", write, after=(handle,), dropped=staged.drop
-            )
-        self._landing[unit.index] = _Landing.of(unit, states, handle, done)
-        return handle
-
-    def _push_sum(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
-        add = self._begin_sum(unit, states)
+    def _push_sum(self, unit: Unit, grads: _Grads) -> Handle:
+        add = self._begin_sum(unit, [state for state, _ in grads])
         # Last of what may raise: from here on the sum owns a staging buffer.
-        staged = self._staging.staged()
+        staged = _home(unit).land_in(self._staging, grads)
 
         def add_staged() -> None:
             with staged.read() as buffer:
                 add(buffer, fp32=False)
 
-        with staged.dropped_on_error():
-            handle = self._copy_staged(unit, staged, states, tensors)
-            done = self._submit_sum(unit, states, add_staged, after=(handle,), dropped=staged.drop)
-        self._landing[unit.index] = _Landing.of(unit, states, handle, done)
-        return handle
+        with released_on_error(staged):
+            done = self._submit_sum(
+                unit, [state for state, _ in grads], add_staged, (staged.ready,), staged.release
+            )
+        self._landing[unit.index] = _Landing.of(unit, grads, staged.ready, done)
+        return staged.ready
 
     def _begin_sum(self, unit: Unit, states: list[ParamState]) -> Callable[..., None]:
         """Make the unit's gradients an fp32 sum; returns what adds to it, from a buffer of gradients, in the worker."""
-        if not unit.memory.grads_fp32:
-            self._promote(unit)
+        home = _home(unit)
+        home.prepare_sum(self._take_scale)
         earlier_grads = {state.order: state.param.grad for state in states if state.param.grad is not None}
         scales = {state.order: self._take_scale(state) for state in states}
 
-        def add(buffer: HostBuffer, *, fp32: bool) -> None:
+        def add(buffer: Buffer, *, fp32: bool) -> None:
             for state in states:
                 source = grad_view(buffer, state.segment, fp32=fp32)
-                target = unit.memory.gradient(state.segment)
+                target = home.gradient(state)
                 grad = earlier_grads.get(state.order)
                 if grad is None:
                     target.copy_(source)
@@ -313,33 +267,25 @@ class Gradients:
         after: Sequence[Handle],
         dropped: Callable[[], None] | None = None,
     ) -> Handle:
-        done = self._worker.submit(
+        done = self._runtime.worker.submit(
             f"gradient sum of {unit.name}", work, priority=_SUM_PRIORITY, after=after, dropped=dropped
         )
         for state in states:
             state.param.grad = None  # part of the sum now; comes back with it
         return done
 
-    def _part_buffer(self, unit: Unit) -> HostBuffer:
-        fp32 = unit.memory.grads_fp32
-        return HostBuffer(unit.layout.state_numel * 4 if fp32 else unit.layout.grad_bytes)
-
-    def _push_part(self, landing: _Landing, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
+    def _push_part(self, landing: _Landing, grads: _Grads) -> Handle:
         """One of several gradients that this backward gives a unit."""
-        unit, part = landing.unit, landing.part
+        unit, part, home = landing.unit, landing.part, _home(landing.unit)
         there = dict(landing.states)
-        fp32 = unit.memory.grads_fp32
-        staged = self._staging.staged()
+        fp32 = home.sums_are_fp32
+        staged = home.land_in(self._staging, grads)
 
         def add() -> None:
             with staged.read() as buffer:
-                for state in states:
+                for state, _ in grads:
                     source = grad_view(buffer, state.segment, fp32=False)
-                    target = (
-                        grad_view(part, state.segment, fp32=fp32)
-                        if part
-                        else unit.memory.gradient(state.segment)
-                    )
+                    target = grad_view(part, state.segment, fp32=fp32) if part else home.gradient(state)
                     if state.order not in there:
                         target.copy_(source)
                     elif target.dtype == torch.float32:
@@ -349,86 +295,27 @@ class Gradients:
                     if part is None:
                         self._squares[state.order] = (sum_of_squares(target), None)
 
-        with staged.dropped_on_error():
-            handle = self._copy_staged(unit, staged, states, tensors)
-            done = self._worker.submit(
+        with released_on_error(staged):
+            done = self._runtime.worker.submit(
                 f"gradient part of {unit.name}",
                 add,
                 priority=_SUM_PRIORITY,
-                after=(handle, *landing.handles),
-                dropped=staged.drop,
+                after=(staged.ready, *landing.handles),
+                dropped=staged.release,
             )
-        landing.states.update({state.order: state for state in states})
-        landing.handles += [handle, done]
-        return handle
+        landing.states.update({state.order: state for state, _ in grads})
+        landing.handles += [staged.ready, done]
+        return staged.ready
 
-    def _push_overlapped(self, unit: Unit, states: list[ParamState], tensors: list[torch.Tensor]) -> Handle:
-        for state, grad in zip(states, tensors, strict=True):
-            self._squares[state.order] = (sum_of_squares(grad), None)
-        unit_update = self._overlapped_update(unit, states)  # may raise, so before there is a staging buffer
-        staged = self._staging.staged()
-
-        def update() -> None:
-            with staged.read() as buffer:
-                unit_update.run(buffer)
-
-        def drop() -> None:
-            unit_update.drop()
-            staged.drop()  # or a backward that waits for the buffer would wait for ever
-
-        try:
-            handle = self._copy_staged(unit, staged, states, tensors)
+    def _push_overlapped(self, unit: Unit, grads: _Grads) -> Handle:
+        self._measure(grads)
+        # May raise, so before there is a staging buffer.
+        runs, step = self._updates.overlapped_update(unit, [state for state, _ in grads])
+        staged = _home(unit).land_in(self._staging, grads)
+        with released_on_error(staged):
             self._pool.invalidate_unit(unit.index)
-            unit.pending_update = self._worker.submit(
-                f"update of {unit.name}",
-                update,
-                priority=self._tape.place(unit.index),
-                after=(handle, *unit_update.after),
-                dropped=drop,
-            )
-        except BaseException:
-            drop()
-            raise
-        return handle
-
-    def _copy(
-        self, unit: Unit, targets: list[torch.Tensor], tensors: list[torch.Tensor], after: list[Handle]
-    ) -> Handle:
-        def copy() -> None:
-            for target, grad in zip(targets, tensors, strict=True):
-                target.copy_(grad, non_blocking=True)
-
-        return self._lane.submit(
-            f"gradients of {unit.name}", copy, after=after, after_events=(compute_event(self._device),)
-        )
-
-    def _copy_staged(
-        self, unit: Unit, staged: Staged, states: list[ParamState], tensors: list[torch.Tensor]
-    ) -> Handle:
-        def copy() -> None:
-            with staged.filled() as buffer:
-                for state, grad in zip(states, tensors, strict=True):
-                    grad_view(buffer, state.segment, fp32=False).copy_(grad, non_blocking=True)
-
-        return self._lane.submit(
-            f"gradients of {unit.name}", copy, after_events=(compute_event(self._device),)
-        )
-
-    def _promote(self, unit: Unit) -> None:
-        """Turn a unit's own gradients into an fp32 sum; a further micro-batch is coming."""
-        pending = [
-            (state, state.param.grad)
-            for state in unit.states
-            if state.spec.trainable and state.param.grad is not None
-        ]
-        scales = [
-            self._take_scale(state) for state, _ in pending
-        ]  # known by the gradient that is replaced here
-        unit.memory.allocate_gradients(fp32=True, from_device=False)
-        for (state, grad), scale in zip(pending, scales, strict=True):
-            target = unit.memory.gradient(state.segment)
-            target.copy_(grad).mul_(scale)
-            set_gradient(state, target)
+            unit.group.pending = _home(unit).update_from(staged, runs, step)
+        return staged.ready
 
     # -- end of backward -------------------------------------------------------------------------------------
 
@@ -439,7 +326,7 @@ class Gradients:
             StateError: a gradient reached a weight past its layer, whose overlapped update has been made without it.
         """
         ended = [backward for backward in self._backwards if backward.task == task]
-        with self._metrics.timed("wait_gradients_s"):
+        with self._runtime.metrics.timed("wait_gradients_s"):
             for backward in ended:
                 self._land(list(backward.landing.values()))
         self._backwards = [backward for backward in self._backwards if backward not in ended]
@@ -455,7 +342,7 @@ class Gradients:
         """Under overlapped updates, raise `StateError` if a streamed weight has a gradient that no update used."""
         if not self._overlapped:
             return
-        left = [state.name for unit in self._units for state in unit.states if state.param.grad is not None]
+        left = [state.name for state in self._updates.streamed_states if state.param.grad is not None]
         if left:
             raise StateError(
                 f"{left[0]} (one of {len(left)}) got a gradient past its layer, by a penalty on weights or a use of "
@@ -471,22 +358,21 @@ class Gradients:
         for landing in landings:
             self._assign(landing)
 
-    def _add_part(self, landing: _Landing, part: HostBuffer) -> None:
+    def _add_part(self, landing: _Landing, part: Buffer) -> None:
         """Add what this backward gave to what earlier ones did."""
         unit, states = landing.unit, list(landing.states.values())
-        fp32 = unit.memory.grads_fp32
+        fp32 = _home(unit).sums_are_fp32
         add = self._begin_sum(unit, states)
         landing.handles.append(
             self._submit_sum(unit, states, lambda: add(part, fp32=fp32), after=tuple(landing.handles))
         )
 
     def _assign(self, landing: _Landing) -> None:
-        unit = landing.unit
         for handle in landing.handles:
             handle.wait_host()
         with torch.no_grad():
             for state in landing.states.values():
-                place, other = unit.memory.gradient(state.segment), state.param.grad
+                place, other = _home(landing.unit).gradient(state), state.param.grad
                 if other is not None:  # reached the parameter past the unit in the same backward
                     place.add_(other)
                     self._squares.pop(state.order, None)
@@ -529,6 +415,11 @@ class Gradients:
     def forget_norms(self) -> None:
         """Called after the step that used them."""
         self._squares.clear()
+
+
+def _home(unit: Unit) -> StreamedUnit:
+    """The home of a unit whose gradients come from its own backward: it streams."""
+    return cast(StreamedUnit, unit.group.home)
 
 
 def _identity(grad: torch.Tensor) -> tuple[int, int]:

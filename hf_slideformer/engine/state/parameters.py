@@ -223,11 +223,11 @@ _GUARDED = frozenset({StreamedParameter, ResidentParameter, WeightView})
 def guard_parameter(state: ParamState, access: WeightAccess, runs: ModelRuns) -> None:
     """Make a parameter a guarded one, if its weights are anything but what is in its memory."""
     param = state.param
-    if state.unit is None and not state.spec.split and not state.updated_in_ram:
+    if not (state.streams or state.spec.split or state.updated_in_ram):
         return
     ordinary_parameter(param)  # of an engine that is gone
     param._guard = Guard(state, access, runs)  # type: ignore[attr-defined]
-    param.__class__ = StreamedParameter if state.unit is not None else ResidentParameter
+    param.__class__ = StreamedParameter if state.streams else ResidentParameter
 
 
 def ordinary_parameter(param: nn.Parameter) -> None:

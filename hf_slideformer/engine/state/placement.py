@@ -1,34 +1,39 @@
-"""A model's training state in its place: units' state in RAM or on disk, everything else on the device.
+"""Placement: moves a model into the homes that the plan names.
 
-Making a `PlacedState` moves the model, one parameter after the other, so that there are never two copies of it. What
-`p.data` is from then on is the engine's; who may read or write it when is decided elsewhere.
+One parameter after the other, so that there are never two copies of the model. What `p.data` is from then on is the
+engine's; who may read or write it when is decided elsewhere.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from ...errors import StateError
 from ...memory.allocator import return_freed_memory
-from ...memory.buffers import PinBudget
-from ...memory.disk.desks import Loan
 from ...memory.layout import Segment, lay_out
+from ...memory.runtime import Runtime
 from ...memory.unit_memory import UnitMemory
-from ...optim.state import ParamState, zero_moments
+from ...optim.state import ParamState
 from ...planner.workload import Decisions
 from ..model.blueprint import Blueprint
-from .on_disk import UnitsOnDisk
+from ..model.units import UnitModule
+from .beside_device import BesideDevice
+from .group import StateGroup
+from .home import Home
+from .in_ram import InRam
+from .on_device import OnDevice
+from .on_disk import Disk, OnDisk
 from .unit import Unit
 
+OUTSIDE = "outside of units"
 
-class PlacedState:
+
+class PlacedModel:
     """One model's parameters and what training keeps of them, in the tiers that the plan names.
 
     Args:
@@ -36,17 +41,17 @@ class PlacedState:
         blueprint: its parts.
         decisions: where state lives and what happens to activations.
         input_bytes: of a unit's input that the plan counts on.
-        device: where units compute.
-        pins: asked before a unit's buffers are pinned.
-        disk: files of the units that the decisions put on disk; None if there are none.
+        directories: where files are made.
+        runtime: moves it.
 
     Attributes:
         states: of all parameters, in registration order.
         units: all units, in registration order.
-        streamed: those of them that stream.
-        outside: parameters outside of units that are updated in RAM.
-        outside_memory: where.
-        disk: as given.
+        groups: of each unit, streamed or not, and last what is outside of units.
+
+    Raises:
+        PlanError: the decisions contradict each other.
+        DiskError: a file cannot be made.
     """
 
     def __init__(
@@ -54,111 +59,124 @@ class PlacedState:
         model: nn.Module,
         blueprint: Blueprint,
         decisions: Decisions,
-        *,
         input_bytes: Callable[[int], int | None],
-        device: torch.device,
-        pins: PinBudget,
-        disk: UnitsOnDisk | None,
+        directories: Sequence[str | Path],
+        runtime: Runtime,
     ) -> None:
-        self.disk = disk
-        self._device = device
         self._blueprint = blueprint
-        self._accumulates = blueprint.micro_batches > 1
-        self._lent = False
+        self._runtime = runtime
+        self._device = runtime.device
         # Where each of the model's buffers that is on the device was before.
         self._moved_buffers: list[tuple[nn.Module, str]] = []
         self.states: list[ParamState] = []
         self._state_of: dict[int, ParamState] = {}
         self._order = {id(param): index for index, param in enumerate(model.parameters())}
+        self._disk: Disk | None = None
+        if decisions.on_disk:
+            self._disk = Disk(blueprint, decisions, input_bytes, directories, runtime)
+            runtime.when_closed(last=self._disk.state.close)
         with torch.no_grad():
             self.units = [
-                self._move_unit(index, decisions, input_bytes(index), pins)
-                for index in range(len(blueprint.units))
+                self._move_unit(found, index, decisions, input_bytes(index))
+                for index, found in enumerate(blueprint.units)
             ]
-            self.outside_memory = self._move_outside(model, decisions, pins)
-            self._move_rest(model)
+            self.outside = self._move_outside(model, decisions)
+            self._move_buffers(model)
+        self.groups = [*(unit.group for unit in self.units), self.outside]
         self.states.sort(key=lambda state: state.order)
-        self.streamed = [unit for unit in self.units if unit.streamed]
-        self.outside = [state for state in self.states if state.updated_in_ram]
 
     # -- moving the model ------------------------------------------------------------------------------------
 
-    def _move_unit(self, index: int, decisions: Decisions, input_bytes: int | None, pins: PinBudget) -> Unit:
-        found, specs = self._blueprint.units[index], self._blueprint.specs
-        streamed = index not in decisions.resident
-        layout = self._blueprint.layouts[index] if streamed else lay_out([])
-        loan = self.borrow(index)
-        mapped = self.disk.mapped(index) if self.disk is not None else None
-        memory = UnitMemory(
-            layout,
-            pin=streamed and mapped is None and pins.take(layout.weight_bytes + layout.grad_bytes),
-            on_disk=loan is not None,
-            mapped=mapped,
-        )
-        by_name = {specs[id(p)].name: (name, p) for name, p in found.parameters.items()}
-        states, owners = [], []
-        with contextlib.ExitStack() as lent:
-            if loan is not None and self.disk is not None:
-                loan.ready.wait_host()
-                lent.callback(loan.give_back, write=True, nbytes=self.disk.layouts[index].nbytes)
-                self.disk.attach(memory, loan)
-                lent.callback(memory.detach)
-            for segment in layout.segments:
-                name, param = by_name[segment.spec.name]
-                weight, residual = memory.weight(segment), memory.residual(segment)
-                states.append(self._rehome(param, index, segment, weight, residual))
-                owners.append(found.owners[name])
-            if loan is not None:
-                for state in states:
-                    state.detach()
-        return_freed_memory()
-        own = {id(p) for p in found.parameters.values()} if streamed else set()
+    def _move_unit(
+        self, found: UnitModule, index: int, decisions: Decisions, input_bytes: int | None
+    ) -> Unit:
         policy = decisions.activations[index]
-        unit = Unit(
+        if index in decisions.resident:
+            home: Home = OnDevice(self._runtime)
+            layout = lay_out([])
+            own = [self._move_to_device(param, index) for param in found.parameters.values()]
+            states: list[ParamState] = []
+            home.states = own
+        else:
+            layout = self._blueprint.layouts[index]
+            home = self._streamed_home(index, input_bytes or 0 if policy == "offload" else 0)
+            own = states = self._move_to_host(found, index, home)
+        return_freed_memory()
+        by_name = {self._blueprint.specs[id(p)].name: name for name, p in found.parameters.items()}
+        streamed = {id(state.param) for state in states}
+        return Unit(
             index=index,
             found=found,
-            streamed=streamed,
+            group=StateGroup(index, found.name, own, home),
             layout=layout,
-            memory=memory,
             states=states,
-            owners=owners,
-            host_weights=memory.weights.tensor(torch.uint8, 0, layout.weight_bytes),
+            owners=[found.owners[by_name[state.name]] for state in states],
             original_forward=found.module.forward,
-            shared=[p for p in found.module.parameters() if p.requires_grad and id(p) not in own],
+            shared=[p for p in found.module.parameters() if p.requires_grad and id(p) not in streamed],
             keeps=policy == "keep",
             offloads=policy == "offload",
             planned_bytes=input_bytes,
             argument_names=tuple(inspect.signature(found.module.forward).parameters),
             version=sum(state.param._version for state in states),
-            place_on_disk=self.disk.place_of_input(index) if self.disk is not None else None,
         )
-        if mapped is not None and self.disk is not None:
-            unit.borrow_weights = self.disk.weights_of(unit)
-        return unit
 
-    def _move_outside(self, model: nn.Module, decisions: Decisions, pins: PinBudget) -> UnitMemory:
-        """Parameters outside of units whose master is in RAM and whose weights are on the device."""
-        layout = self._blueprint.outside_layout(decisions)
-        pinned = layout.weight_bytes + layout.grad_bytes
-        memory = UnitMemory(layout, pin=pinned > 0 and pins.take(pinned))
-        segments = {segment.spec.name: segment for segment in layout.segments}
-        for param in model.parameters():
-            spec = self._blueprint.specs[id(param)]
-            if (segment := segments.get(spec.name)) is not None:
-                live = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-                self._rehome(param, None, segment, memory.weight(segment), memory.residual(segment), live)
-        return memory
+    def _streamed_home(self, index: int, input_bytes: int) -> InRam | OnDisk:
+        if self._disk is not None and index in self._disk:
+            return OnDisk(index, self._blueprint, self._disk, input_bytes, self._runtime)
+        name = self._blueprint.units[index].name
+        return InRam(name, self._blueprint.layouts[index], input_bytes, self._runtime)
 
-    def _move_rest(self, model: nn.Module) -> None:
-        """What lives on the device altogether."""
-        for param in model.parameters():
-            if id(param) not in self._state_of:
-                spec = self._blueprint.specs[id(param)]
-                residual = (
-                    torch.zeros(spec.shape, dtype=torch.int16, device=self._device) if spec.split else None
+    def _move_to_host(self, found: UnitModule, index: int, home: InRam | OnDisk) -> list[ParamState]:
+        by_name = {self._blueprint.specs[id(p)].name: p for p in found.parameters.values()}
+        memory = home.memory
+        with home.open(write=True):
+            home.states = states = [
+                self._rehome(
+                    by_name[segment.spec.name],
+                    index,
+                    segment,
+                    memory.weight(segment),
+                    memory.residual(segment),
+                    streams=True,
                 )
-                weight = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
-                self._rehome(param, None, Segment.alone(spec), weight, residual)
+                for segment in memory.layout.segments
+            ]
+        return states
+
+    def _move_outside(self, model: nn.Module, decisions: Decisions) -> StateGroup:
+        """Parameters that no unit owns: on the device, those that are trained perhaps with a master in RAM."""
+        index = len(self._blueprint.units)
+        layout = self._blueprint.outside_layout(decisions)
+        home: OnDevice | BesideDevice = OnDevice(self._runtime)
+        states = []
+        if layout.segments:
+            home = BesideDevice(layout, self._runtime)
+            by_name = {self._blueprint.specs[id(p)].name: p for p in model.parameters()}
+            for segment in layout.segments:
+                states.append(self._move_beside(by_name[segment.spec.name], index, segment, home.memory))
+        states += [
+            self._move_to_device(param, index)
+            for param in model.parameters()
+            if id(param) not in self._state_of
+        ]
+        home.states = sorted(states, key=lambda state: state.order)
+        return StateGroup(index, OUTSIDE, states, home)
+
+    def _move_beside(
+        self, param: nn.Parameter, group: int, segment: Segment, memory: UnitMemory
+    ) -> ParamState:
+        live = torch.empty(segment.spec.shape, dtype=segment.spec.dtype, device=self._device)
+        return self._rehome(
+            param, group, segment, memory.weight(segment), memory.residual(segment), live=live
+        )
+
+    def _move_to_device(self, param: nn.Parameter, group: int) -> ParamState:
+        spec = self._blueprint.specs[id(param)]
+        weight = torch.empty(spec.shape, dtype=spec.dtype, device=self._device)
+        residual = torch.zeros(spec.shape, dtype=torch.int16, device=self._device) if spec.split else None
+        return self._rehome(param, group, Segment.alone(spec), weight, residual)
+
+    def _move_buffers(self, model: nn.Module) -> None:
         for module in model.modules():
             for key, buffer in module._buffers.items():
                 if buffer is not None:
@@ -169,92 +187,42 @@ class PlacedState:
     def _rehome(
         self,
         param: nn.Parameter,
-        unit: int | None,
+        group: int,
         segment: Segment,
         weight: torch.Tensor,
         residual: torch.Tensor | None,
+        *,
         live: torch.Tensor | None = None,
+        streams: bool = False,
     ) -> ParamState:
         """Copy a parameter to its new place and let go of the old one: never two copies of the model."""
-        state = ParamState(self._order[id(param)], param, unit, segment, weight, residual)
+        state = ParamState(self._order[id(param)], param, group, streams, segment, weight, residual)
         if live is not None:
             state.live = live
         state.write_master(param.data)
         param.data = state.live
         state.version = param._version
-        if self._accumulates and state.spec.trainable and state.spec.dtype != torch.float32:
+        if self._blueprint.fp32_sums and state.spec.trainable and state.spec.dtype != torch.float32:
             # Autograd sums resident gradients in place, so an fp32 sum needs fp32 from the first micro-batch on.
             param.grad_dtype = torch.float32
         self.states.append(state)
         self._state_of[id(param)] = state
         return state
 
+    # -- training --------------------------------------------------------------------------------------------
+
+    def allocate_for_training(self) -> None:
+        """Make room for what an optimizer needs, once: moments of zero, and gradients that wait for their update."""
+        blueprint = self._blueprint
+        for group in self.groups:
+            group.home.allocate(
+                blueprint.rule, overlapped=blueprint.overlapped, fp32_sums=blueprint.fp32_sums
+            )
+
     def defer_updates(self) -> None:
         """Make room for gradients that wait for their update from now on."""
         self._blueprint = dataclasses.replace(self._blueprint, overlapped=False)
         self.allocate_for_training()
-
-    def allocate_for_training(self) -> None:
-        """Make room for what an optimizer needs, once: moments of zero, and gradients that wait for their update."""
-        moments, overlapped = self._blueprint.moments, self._blueprint.overlapped
-        for unit in self.streamed:
-            unit.memory.allocate_moments(moments)
-            if not overlapped:
-                unit.memory.allocate_gradients(
-                    fp32=self._accumulates,
-                    from_device=not self._accumulates,
-                    least_bytes=(unit.planned_bytes or 0) if unit.offloads and not self._accumulates else 0,
-                )
-        if self.outside:
-            self.outside_memory.allocate_moments(moments)
-            self.outside_memory.allocate_gradients(fp32=self._accumulates)
-        for state in self.states:
-            if not state.spec.trainable:
-                continue
-            state.moment_format = moments
-            if state.unit is not None:
-                state.moments = self.units[state.unit].memory.moments(state.segment)
-            elif state.updated_in_ram:
-                state.moments = self.outside_memory.moments(state.segment)
-            elif not state.moments:
-                state.moments = zero_moments(moments, state.spec, self._device)
-
-    # -- giving it up ------------------------------------------------------------------------------------------
-
-    def free_for_training(self) -> None:
-        """Let go of what only training needs: moments, and gradient buffers."""
-        for memory in (*(unit.memory for unit in self.streamed), self.outside_memory):
-            memory.free_for_training()
-        for state in self.states:
-            state.moments, state.moment_format = {}, None
-
-    def make_ordinary(self, states: Sequence[ParamState]) -> None:
-        """Make parameters tensors of their own in RAM, in the dtypes that they came in. Their state must be in memory.
-
-        One that was given other memory by hand keeps that.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            for state in states:
-                value = state.read_master()
-                if state.param.data_ptr() == state.live.data_ptr():
-                    state.param.data = value.to("cpu", copy=value is state.live)
-                if state.spec.trainable and hasattr(state.param, "grad_dtype"):
-                    state.param.grad_dtype = None  # as autograd makes them, also after another cast
-                state.weight = state.live = state.param.data
-                state.residual, state.version = None, state.param._version
-
-    def free(self, group: int) -> None:
-        """Let go of the memory of one of the groups of `by_unit`, whose parameters do not use it any more."""
-        if group < len(self.units):
-            unit = self.units[group]
-            unit.memory.free()
-            unit.host_weights = torch.empty(0, dtype=torch.uint8)
-        else:
-            self.outside_memory.free()
-            for module, key in self._moved_buffers:
-                if (buffer := module._buffers.get(key)) is not None:
-                    module._buffers[key] = buffer.to("cpu")
-        return_freed_memory()
 
     # -- finding it ------------------------------------------------------------------------------------------
 
@@ -262,106 +230,48 @@ class PlacedState:
         """The state of a parameter; None if it is not this model's."""
         return self._state_of.get(id(param))
 
-    def by_unit(self) -> list[list[ParamState]]:
-        """The states of each unit, streamed or resident, and last those outside of units; in the model's order."""
-        groups = []
-        outside = {state.order: state for state in self.states}
-        for unit in self.units:
-            own = [self._state_of[id(param)] for param in unit.found.parameters.values()]
-            groups.append(sorted(own, key=lambda state: state.order))
-            for state in own:
-                outside.pop(state.order, None)
-        return [*groups, list(outside.values())]
+    def group_of(self, state: ParamState) -> StateGroup:
+        """The group that a parameter moves with."""
+        return self.groups[state.group]
 
     @property
     def host_bytes(self) -> int:
         """Bytes of host buffers allocated now."""
-        memories = [unit.memory for unit in self.streamed]
-        if self.outside:
-            memories.append(self.outside_memory)
-        held = sum(buffer.nbytes for memory in memories for buffer in memory.buffers())
-        return held + (self.disk.host_bytes if self.disk is not None else 0)
+        shared = self._disk.host_bytes if self._disk is not None else 0
+        return shared + sum(group.home.host_bytes for group in self.groups)
 
-    # -- state that lives on disk ----------------------------------------------------------------------------
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of state on disk."""
+        return sum(group.home.disk_bytes for group in self.groups)
 
-    def borrow(self, unit: int) -> Loan | None:
-        """Ask for a unit's residuals and moments; None if they do not live on disk."""
-        return self.disk.borrow_state(unit) if self.disk is not None else None
+    # -- giving it up ----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def attached(self, unit: Unit, loan: Loan, *, changes: bool = True) -> Iterator[None]:
-        """A unit's state is the tensors in what was borrowed while the block runs.
+    def free(self, group: StateGroup) -> None:
+        """Let go of the memory of a group, whose parameters do not use it any more."""
+        group.home.free()
+        if group is self.outside:
+            for module, key in self._moved_buffers:
+                if (buffer := module._buffers.get(key)) is not None:
+                    module._buffers[key] = buffer.to("cpu")
+        return_freed_memory()
 
-        With `changes` it will be written back.
-        """
-        assert self.disk is not None
-        self.disk.attach(unit.memory, loan)
-        try:
-            for state in unit.states:
-                state.attach(unit.memory)
-                if changes:
-                    state.residual_is_stale = False
-            yield
-        finally:
-            for state in unit.states:
-                state.detach()
-            unit.memory.detach()
+    def forget_disk(self) -> None:
+        """Let go of desks and files, which are closed."""
+        self._disk = None
 
-    def on_loan(self, unit: int, loan: Loan) -> UnitMemory:
-        """A unit's memory with what was borrowed attached, for a reader beside training."""
-        assert self.disk is not None
-        memory = copy.copy(self.units[unit].memory)
-        self.disk.attach(memory, loan)
-        return memory
 
-    @contextlib.contextmanager
-    def residual_in_memory(self, state: ParamState) -> Iterator[None]:
-        """Make the `residual` of one parameter a tensor that can be read while the block runs, wherever it lives.
+def make_ordinary(states: Sequence[ParamState]) -> None:
+    """Make parameters tensors of their own in RAM, in the dtypes that they came in. Their state must be in memory.
 
-        Raises:
-            TransferError: reading from disk failed; the cause is chained.
-        """
-        unit = state.unit
-        if state.residual is not None or unit is None or self.disk is None or unit not in self.disk:
-            yield
-            return
-        loan, start = self.disk.borrow_residual(self.units[unit], state.segment)
-        try:
-            loan.ready.wait_host()
-            residual = loan.buffer.tensor(torch.int16, start, state.spec.numel).view(state.spec.shape)
-            state.residual = residual.zero_() if state.residual_is_stale else residual
-            yield
-        finally:
-            state.residual = None
-            loan.give_back()
-
-    @contextlib.contextmanager
-    def in_memory(self, states: Sequence[ParamState], *, write: bool) -> Iterator[None]:
-        """Make `residual` and `moments` of one unit's parameters tensors while the block runs, wherever they live.
-
-        Args:
-            states: all of one unit, or none of any unit.
-            write: put changes back where the state lives.
-
-        Raises:
-            StateError: inside of another such block.
-            TransferError: reading from disk failed; the cause is chained.
-        """
-        unit = states[0].unit if states else None
-        if unit is None or self.disk is None or unit not in self.disk:
-            yield
-            return
-        if self._lent:  # with one buffer the second block would wait for the first
-            raise StateError(
-                "state_in_memory inside of state_in_memory; end the first block before the second"
-            )
-        loan = self.borrow(unit)
-        assert loan is not None
-        self._lent = True
-        try:
-            loan.ready.wait_host()
-            with self.attached(self.units[unit], loan, changes=write):
-                yield
-        finally:
-            self._lent = False
-            loan.give_back(write=write, nbytes=self.disk.layouts[unit].nbytes)
+    One that was given other memory by hand keeps that.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for state in states:
+            value = state.read_master()
+            if state.param.data_ptr() == state.live.data_ptr():
+                state.param.data = value.to("cpu", copy=value is state.live)
+            if state.spec.trainable and hasattr(state.param, "grad_dtype"):
+                state.param.grad_dtype = None  # as autograd makes them, also after another cast
+            state.weight = state.live = state.param.data
+            state.residual, state.version = None, state.param._version

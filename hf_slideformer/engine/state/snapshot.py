@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from ...errors import CheckpointError
-from ...memory.disk.desks import Loan
 from ...memory.streams import compute_event, new_stream
 from ...memory.transfer import Handle
-from ...memory.unit_memory import UnitMemory
 from ...optim.state import ParamState
+from .group import StateGroup
+from .home import Reader
 
 
 class HeldState:
@@ -28,34 +28,28 @@ class HeldState:
     `reading(group)` and let go of by `release(group)`; `release_all` comes at the end, also after a failure.
 
     Args:
-        groups: states by unit, and last those outside of units: `PlacedState.by_unit()`.
-        order: positions in `groups`, in the order in which their updates come.
+        groups: all of a model.
+        order: the same, as their updates come.
         device: where some of it lives.
-        borrow: fetches a group's state from disk; None if it lives elsewhere.
-        attach: makes a group's residuals and moments tensors in what was borrowed.
+
+    Attributes:
+        groups: states by group; the last one is outside of units.
+        order: numbers of groups.
     """
 
     def __init__(
-        self,
-        groups: Sequence[Sequence[ParamState]],
-        order: Sequence[int],
-        *,
-        device: torch.device,
-        borrow: Callable[[int], Loan | None],
-        attach: Callable[[int, Loan], UnitMemory],
+        self, groups: Sequence[StateGroup], order: Sequence[StateGroup], device: torch.device
     ) -> None:
-        self.groups = groups
-        self.order = tuple(order)
-        self.group_of = {state.order: group for group, states in enumerate(groups) for state in states}
-        self.steps = {state.order: state.step for states in groups for state in states}
-        self._versions = {state.order: state.param._version for states in groups for state in states}
-        # Of residuals on disk: they belong to other weights and count as zero.
-        self._stale = {state.order for states in groups for state in states if state.residual_is_stale}
-        self._released = [Handle(f"reading group {group} to save it") for group in range(len(groups))]
-        self._borrow, self._attach = borrow, attach
-        self._loans: dict[int, Loan] = {}
-        self._requested = False
-        self._attached: UnitMemory | None = None
+        self._groups = groups
+        self.groups: list[list[ParamState]] = [group.states for group in groups]
+        self.order = tuple(group.index for group in order)
+        states = [state for group in groups for state in group.states]
+        self.group_of = {state.order: state.group for state in states}
+        self.steps = {state.order: state.step for state in states}
+        self._versions = {state.order: state.param._version for state in states}
+        self._released = [Handle(f"reading {group.name} to save it") for group in groups]
+        self._requested: dict[int, Reader] | None = None
+        self._reader: Reader | None = None
         self._spoiled = ""
         self._lock = threading.Lock()
         # What had been asked of the GPU before is done when this fires.
@@ -85,10 +79,11 @@ class HeldState:
         All at once, once, and before any update asks for the same buffers: requests are served in their order, so no
         update holds a buffer that this is waiting for while it waits for this.
         """
-        for group in self.order if not self._requested else ():
-            if group in groups and (loan := self._borrow(group)) is not None:
-                self._loans[group] = loan
-        self._requested = True
+        if self._requested is None:
+            self._requested = {}
+            for group in self.order:
+                if group in groups:
+                    self._requested[group] = self._groups[group].home.reader()
 
     @contextlib.contextmanager
     def reading(self, group: int) -> Iterator[None]:
@@ -97,17 +92,16 @@ class HeldState:
         Raises:
             TransferError: reading from disk failed; the cause is chained.
         """
-        loan = self._loans.pop(group, None)
+        self._reader = reader = (self._requested or {}).pop(group, None)
         try:
-            if loan is not None:
-                loan.ready.wait_host()
-                self._attached = self._attach(group, loan)
+            if reader is not None:
+                reader.ready.wait_host()
             with torch.no_grad(), self._beside():
                 yield
         finally:
-            self._attached = None
-            if loan is not None:
-                loan.give_back()
+            self._reader = None
+            if reader is not None:
+                reader.release()
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -118,13 +112,8 @@ class HeldState:
 
     def parts(self, state: ParamState) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
         """A parameter's residual and moments; inside of `reading` of its group."""
-        memory = self._attached
-        if memory is None:
-            return state.residual, state.moments
-        residual = memory.residual(state.segment)
-        if residual is not None and state.order in self._stale:
-            residual.zero_()  # of a copy
-        return residual, memory.moments(state.segment) if state.moment_format is not None else {}
+        assert self._reader is not None, "not requested"
+        return self._reader.parts(state)
 
     def release(self, group: int) -> None:
         """Let the group's updates go on.
@@ -145,8 +134,8 @@ class HeldState:
 
     def release_all(self) -> None:
         """Let everything go on."""
-        for loan in self._loans.values():
-            loan.give_back()
-        self._loans = {}
+        for reader in (self._requested or {}).values():
+            reader.release()
+        self._requested = {}
         for handle in self._released:
             handle.complete()

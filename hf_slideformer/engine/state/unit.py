@@ -11,24 +11,23 @@ import torch
 from torch import nn
 
 from ...errors import StateError
-from ...memory.buffers import HostBuffer
-from ...memory.disk.desks import Loan
-from ...memory.disk.inputs import DiskPlace
+from ...memory.buffers import Buffer
 from ...memory.layout import UnitLayout
-from ...memory.offload import OffloadedTensor
+from ...memory.lease import Lease
+from ...memory.offload import OffloadedTensor, Place
 from ...memory.pool import SlotPool
 from ...memory.transfer import Handle
-from ...memory.unit_memory import UnitMemory
 from ...optim.state import ParamState
 from ..model.units import Owner, UnitModule
+from .group import StateGroup
 
 
 @dataclass(slots=True, eq=False)
 class Unit:
     """One layer of the model.
 
-    A streamed unit has its parameters' states in layout order and their host memory. A resident one has no states and
-    an empty layout: its parameters are on the device and autograd fills their gradients.
+    A streamed unit has its parameters' states in layout order. A resident one has no states here and an empty layout:
+    its parameters are on the device and autograd fills their gradients. Both have a group.
 
     `shared` are trainable parameters whose gradients are autograd's: those that the layer uses but does not own
     (tied to another layer, so resident), and all of a resident unit's.
@@ -39,21 +38,16 @@ class Unit:
 
     index: int
     found: UnitModule
-    streamed: bool
+    group: StateGroup
     layout: UnitLayout
-    memory: UnitMemory
     states: list[ParamState]
     owners: list[list[Owner]]
-    host_weights: torch.Tensor
     original_forward: Callable[..., Any]
     argument_names: tuple[str, ...]
     shared: list[nn.Parameter]
     keeps: bool = False
     offloads: bool = False
     planned_bytes: int | None = None
-    pending_update: Handle | None = None
-    borrow_weights: Callable[[], Loan] | None = None
-    place_on_disk: DiskPlace | None = None
     waiting: weakref.ref[OffloadedTensor] | None = None  # an input in its place
     forwards_since_step: int = 0
     version: int = 0
@@ -64,6 +58,22 @@ class Unit:
     def name(self) -> str:
         """Qualified name of the layer in the model."""
         return self.found.name
+
+    @property
+    def streams(self) -> bool:
+        """Whether it needs a slot to run."""
+        return self.layout.weight_bytes > 0
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any streamed parameter of the unit is trained."""
+        return self.layout.state_numel > 0
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def source(self) -> Lease[Buffer] | None:
+        """See `WeightSource`."""
+        return self.group.home.source(self.group.pending)
 
     def written(self) -> tuple[int, int]:
         """Changes when a parameter is written from outside or updated."""
@@ -76,30 +86,40 @@ class Unit:
             self.version = version
             pool.invalidate_unit(self.index)
 
-    @property
-    def trainable(self) -> bool:
-        """Whether any streamed parameter of the unit is trained."""
-        return self.layout.state_numel > 0
+    # -- activations -------------------------------------------------------------------------------------------
 
-    def place_for(self, tensor: torch.Tensor) -> HostBuffer | DiskPlace | None:
-        """Where an input can wait: on disk, or in the gradients' buffer, which is empty until the unit's backward.
+    def place_for(self, tensor: torch.Tensor) -> Place | None:
+        """Where an input can wait; None if there is no such place, or it is in use by another run's."""
+        return None if self._input_in_place() is not None else self.group.home.place_for(tensor)
 
-        None if there is no such place, or it is in use: gradients are pending, or another run's input is there.
-        """
-        if self.waiting is not None and self.waiting():
-            return None
-        if self.place_on_disk is not None:
-            return self.place_on_disk if self.place_on_disk.nbytes >= tensor.nbytes else None
-        buffer = None if self.memory.grads_fp32 else self.memory.grads
-        if not isinstance(buffer, HostBuffer) or buffer.nbytes < tensor.nbytes:
-            return None
-        return None if any(state.param.grad is not None for state in self.states) else buffer
+    def wait_in_place(self, parked: OffloadedTensor) -> None:
+        """Note that an input waits in the unit's place."""
+        self.waiting = weakref.ref(parked)
+
+    def _input_in_place(self) -> OffloadedTensor | None:
+        return self.waiting() if self.waiting is not None else None
+
+    def bring_back_input(self, fetch: Callable[[OffloadedTensor], Handle]) -> list[Handle]:
+        """Have an input that still waits in the unit's place fetched, since gradients are to land there."""
+        parked = self._input_in_place()
+        return [] if parked is None else [fetch(parked)]
 
     def keeps_for(self, tensors: list[torch.Tensor]) -> bool:
         """Whether activations are kept in a run on these inputs."""
         if not self.keeps or self.planned_bytes is None:
             return self.keeps
         return next((tensor.nbytes for tensor in tensors if tensor.requires_grad), 0) <= self.planned_bytes
+
+    # -- what happens to it ------------------------------------------------------------------------------------
+
+    def ran_forward(self) -> int:
+        """Note a forward with autograd on; returns how many there have been since the last step."""
+        self.forwards_since_step += 1
+        return self.forwards_since_step
+
+    def begin_step(self) -> None:
+        """Note that a step is over, or a new one begins."""
+        self.forwards_since_step = 0
 
 
 def check_unchanged(state: ParamState, *, check_trainable: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Updates: what one step does to parameters, each where its state lives.
 
-With deferred updates `step` makes them: those of resident parameters at once, on the device, those of units by the
-worker, in forward order. With overlapped updates a unit's is made when its gradients land, a resident parameter's when
-autograd has its gradient, and `step` is left with the parameters outside of units.
+With deferred updates `step` asks the home of each group for its update: units' are enqueued in forward order, those of
+parameters on the device are made there and then. With overlapped updates a unit's is made when its gradients land, a
+resident parameter's when autograd has its gradient, and `step` is left with the parameters outside of units.
 
 Whoever reads or writes state waits for updates (`synchronize`), and updates wait for a checkpoint that is being written
 beside training (`hold`).
@@ -10,30 +10,21 @@ beside training (`hold`).
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 
 from ...errors import StateError, UnsupportedModelError
-from ...memory.buffers import BufferView, HostBuffer
-from ...memory.runtime import Failure
-from ...memory.worker import UpdateWorker
-from ...metrics import Metrics
-from ...optim.adamw import SlideAdamW
-from ...optim.state import (
-    Hyperparams,
-    ParamState,
-    UnitUpdate,
-    UpdateRun,
-    apply_update,
-    plan_runs,
-    update_unit,
-)
-from .beside_device import OutsideUpdates
+from ...memory.runtime import Runtime
+from ...memory.transfer import Handle
+from ...optim.optimizer import SlideOptimizer
+from ...optim.rule import UpdateRule
+from ...optim.state import ParamState, UpdateRun, plan_runs
 from .clipping import Clipping
+from .group import StateGroup
+from .home import Step
 from .order import Tape
-from .placement import PlacedState
+from .placement import PlacedModel
 from .snapshot import HeldState
 from .unit import Unit
 
@@ -43,56 +34,36 @@ class Updates:
 
     Args:
         placed: where their state is.
-        outside: makes those of parameters outside of units whose state is in RAM; None if there are none.
-        worker: runs updates in RAM.
+        rule: they are updated by.
+        runtime: is told of an update that failed.
         tape: the order of units in forward.
         clipping: coefficients that gradients are multiplied by.
-        failure: is told of an update that failed.
-        metrics: receives `updated_params`.
-        device: where resident parameters are updated.
-        overlapped: units are updated in backward.
-        threads: of the CPU's update kernels.
 
     Attributes:
         optimizer: whose hyperparameters are used; None until there is one.
+        overlapped: units are updated in backward.
         held: state that is being saved.
     """
 
     def __init__(
-        self,
-        placed: PlacedState,
-        *,
-        outside: OutsideUpdates | None,
-        worker: UpdateWorker,
-        tape: Tape,
-        clipping: Clipping,
-        failure: Failure,
-        metrics: Metrics,
-        device: torch.device,
-        overlapped: bool,
-        threads: int,
+        self, placed: PlacedModel, rule: UpdateRule, runtime: Runtime, tape: Tape, clipping: Clipping
     ) -> None:
         self._placed = placed
-        self._outside = outside
-        self._worker = worker
-        self._tape = tape
-        self._clipping = clipping
-        self._failure = failure
-        self._metrics = metrics
-        self._device = device
-        self._overlapped = overlapped
-        self._threads = threads
-        self.optimizer: SlideAdamW | None = None
+        self._rule = rule
+        self._runtime = runtime
+        self.tape = tape
+        self.clipping = clipping
+        self.optimizer: SlideOptimizer | None = None
+        self.overlapped = clipping.overlapped
         self.held: HeldState | None = None
         self._group_of: dict[int, int] = {}
-        # Resident gradients that the last step used, to notice a missing zero_grad.
-        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        self.streamed_states = [state for state in placed.states if state.streams]
         # What updates in this backward have used.
-        self._used_hyperparams: dict[int, Hyperparams] = {}
+        self._used_hyperparams: dict[int, Hashable] = {}
 
     # -- hyperparameters -------------------------------------------------------------------------------------
 
-    def find_groups(self, optimizer: SlideAdamW) -> dict[int, int]:
+    def find_groups(self, optimizer: SlideOptimizer) -> dict[int, int]:
         """The parameter group of every parameter that `optimizer` has, by its order.
 
         Raises:
@@ -110,14 +81,17 @@ class Updates:
                 groups[state.order] = index
         return groups
 
-    def use(self, optimizer: SlideAdamW) -> None:
+    def use(self, optimizer: SlideOptimizer) -> None:
         """Take hyperparameters from `optimizer` from now on; again when it has got another group."""
         self._group_of = self.find_groups(optimizer)
         self.optimizer = optimizer
 
-    def _hyperparams(self, state: ParamState) -> Hyperparams:
+    def _hyperparams(self, state: ParamState) -> Hashable:
         assert self.optimizer is not None
-        return Hyperparams.of_group(self.optimizer.param_groups[self._group_of[state.order]])
+        return self._rule.hyperparams(self.optimizer.param_groups[self._group_of[state.order]])
+
+    def _trains(self, state: ParamState) -> bool:
+        return state.order in self._group_of
 
     # -- deferred updates, and what is left for a step -------------------------------------------------------
 
@@ -125,117 +99,37 @@ class Updates:
         """Update every parameter that has a gradient: residents now, units by the worker, in forward order.
 
         Raises:
-            StateError: the learning rate changed after overlapped updates had used it.
+            StateError: a hyperparameter changed after overlapped updates had used it.
         """
-        if self._overlapped:
-            for state in self._placed.states:
-                used = self._used_hyperparams.get(state.order)
-                if used is not None and used != self._hyperparams(state):
-                    raise StateError(
-                        "the learning rate or another hyperparameter changed between backward and step, but "
-                        "overlapped updates had used the old value; use SlideConfig(update='deferred')"
-                    )
-        else:
-            for unit in sorted(self._placed.streamed, key=lambda unit: self._tape.place(unit.index)):
-                self._enqueue(unit)
-        self._step_residents()
+        for state in self._placed.states if self.overlapped else ():
+            used = self._used_hyperparams.get(state.order)
+            if used is not None and used != self._hyperparams(state):
+                raise StateError(
+                    "the learning rate or another hyperparameter changed between backward and step, but "
+                    "overlapped updates had used the old value; use SlideConfig(update='deferred')"
+                )
+        # Those that take time beside the device begin first.
+        for group in sorted(self._placed.groups, key=lambda g: (g.home.updates_at_once, self._place(g))):
+            if group.pending is not None and any(state.param.grad is not None for state in group.states):
+                # A second step without a forward: that update still reads its gradients.
+                group.pending.wait_host()
+            group.pending = group.home.step(self._step(group)) or group.pending
         self._used_hyperparams.clear()  # last: an interrupted step leaves some parameters a step ahead
 
-    def _enqueue(self, unit: Unit) -> None:
-        if unit.pending_update is not None:
-            unit.pending_update.wait_host()  # a second step without a forward: that update still reads its gradients
-        # Detached here: a zero_grad(set_to_none=False) after step must not reach gradients still to be used.
-        grads = {s.order: s.param.grad for s in unit.states if s.param.grad is not None}
-        states = [state for state in unit.states if state.order in grads and state.order in self._group_of]
-        runs = self._runs(states)
-        for state in unit.states:
-            state.param.grad = None
-        if not states:
-            return
-        buffer = unit.memory.grads
-        assert buffer is not None
-        with torch.no_grad():
-            for state in states:
-                place = unit.memory.gradient(state.segment)
-                if (
-                    grads[state.order].data_ptr() != place.data_ptr()
-                ):  # someone set p.grad to a tensor of their own
-                    place.copy_(grads[state.order])
+    def _place(self, group: StateGroup) -> int:
+        return self.tape.place(group.index)
 
-        update = self._unit_update(unit, runs, fp32=unit.memory.grads_fp32)
-        try:
-            unit.pending_update = self._worker.submit(
-                f"update of {unit.name}",
-                lambda: update.run(buffer),
-                priority=self._tape.place(unit.index),
-                after=update.after,
-                dropped=update.drop,
-            )
-        except BaseException:
-            update.drop()
-            raise
+    def _step(self, group: StateGroup) -> Step:
+        return Step(self._plan, self._trains, self._released(group), self._place(group))
 
-    def _step_residents(self) -> None:
-        """Update what autograd fills the gradients of: on the device, or in RAM for weights on the device."""
-        in_ram = []
-        self.wait_outside()
-        for state in self._placed.states:
-            grad = state.param.grad
-            if state.unit is None and grad is not None and state.order in self._group_of:
-                self.check_used_once(state)
-                if state.updated_in_ram:
-                    self._until_read(state)
-                    in_ram.append(state)
-                else:
-                    self._update_resident(state, grad)
-                    self._used[state.order] = (weakref.ref(grad), grad._version)
-        if in_ram:
-            outside = self._outside
-            assert outside is not None
-            memory, runs = outside.memory, self._runs(in_ram)
-            if any(s.param.grad is not None and s.param.grad.dtype != s.spec.dtype for s in in_ram):
-                memory.allocate_gradients(fp32=True)  # sums, which may not be rounded on their way
-            buffer, fp32 = memory.grads, memory.grads_fp32
-            assert buffer is not None
-            outside.step(
-                in_ram, self._guarded(lambda: update_unit(memory, buffer, fp32, runs, self._threads))
-            )
-            for state in in_ram:
-                self._note_update(state)
-                # Detached like streamed gradients: zero_grad(set_to_none=False) must not reach one on its way to RAM.
-                state.param.grad = None
+    def _released(self, group: StateGroup) -> tuple[Handle, ...]:
+        return () if self.held is None else (self.held.released(group.index),)
 
-    def _update_resident(self, state: ParamState, grad: torch.Tensor) -> None:
-        self._until_read(state)
-        state.check_outside_write()
-        state.step += 1
-        apply_update(
-            state.weight,
-            state.residual,
-            grad.contiguous(),
-            state.moments,
-            self._hyperparams(state).scalars(state.step),
-            self._clipping.scale_of(state),
-            self._threads if self._device.type == "cpu" else None,
-        )
-        self._note_update(state)
-
-    @staticmethod
-    def _note_update(state: ParamState) -> None:
-        """Let autograd's own check find a graph that was built on the old weights."""
-        torch.autograd.graph.increment_version(state.param)
-        state.version = state.param._version
-
-    def check_used_once(self, state: ParamState) -> None:
-        """Raise `StateError` if a resident gradient that the last step used is still there, to be used once more."""
-        used = self._used.pop(state.order, None)
-        grad = state.param.grad
-        if used is not None and grad is not None and grad is used[0]() and grad._version == used[1]:
-            raise StateError(
-                f"the gradient of {state.name} that the last step used is still there, and the next backward would "
-                "add to it, or the next step use it again; call optimizer.zero_grad() after step(): streamed gradients "
-                "are not kept over a step"
-            )
+    def _plan(self, states: Sequence[ParamState]) -> list[UpdateRun]:
+        for state in states:
+            state.check_outside_write()
+            state.step += 1
+        return plan_runs(states, self._hyperparams, self.clipping.scale_of)
 
     # -- overlapped updates ----------------------------------------------------------------------------------
 
@@ -249,73 +143,31 @@ class Updates:
         assert not self.has_begun
         self.wait_held()  # what is being saved is read in the order of overlapped updates
         self.synchronize()
-        self._overlapped = False
+        self.overlapped = False
 
-    def overlapped_update(self, unit: Unit, states: Sequence[ParamState]) -> UnitUpdate:
-        """The update of a unit's parameters that have just got gradients, for the worker."""
-        states = [state for state in states if state.order in self._group_of]
-        for state in states:
+    def overlapped_update(self, unit: Unit, states: Sequence[ParamState]) -> tuple[list[UpdateRun], Step]:
+        """The update of a unit's parameters that have just got gradients."""
+        trained = [state for state in states if self._trains(state)]
+        for state in trained:
             self._used_hyperparams[state.order] = self._hyperparams(state)
-        return self._unit_update(unit, self._runs(states), fp32=False)
+        return self._plan(trained), self._step(unit.group)
 
-    def update_in_backward(self, state: ParamState, grad: torch.Tensor) -> bool:
-        """Update a resident parameter that has just got its gradient; False if the optimizer does not have it.
+    def use_up(self, state: ParamState, grad: torch.Tensor) -> bool:
+        """Update a resident parameter that has just got its gradient; False if that has to wait for `step`.
 
         Raises:
             StateError: it is the second one since the last step.
         """
-        if state.order not in self._group_of:
+        if not self._trains(state):
             return False
         if state.order in self._used_hyperparams:
             raise StateError(
                 f"{state.name} got a second gradient since the last step, but overlapped updates had used the first; "
                 "use SlideConfig(update='deferred')"
             )
+        group = self._placed.group_of(state)
         self._used_hyperparams[state.order] = self._hyperparams(state)
-        self._update_resident(state, grad)
-        return True
-
-    # -- a unit's update -------------------------------------------------------------------------------------
-
-    def _runs(self, states: Sequence[ParamState]) -> list[UpdateRun]:
-        for state in states:
-            state.check_outside_write()
-            state.step += 1
-        return plan_runs(states, self._hyperparams, self._clipping.scale_of)
-
-    def _unit_update(self, unit: Unit, runs: Sequence[UpdateRun], *, fp32: bool) -> UnitUpdate:
-        """The worker's part of a unit's update; state that lives on disk is on its way from now on."""
-        self._metrics.add("updated_params", sum(state.spec.numel for run in runs for state in run.members))
-
-        def run(buffer: HostBuffer | BufferView) -> None:
-            self._guarded(lambda: update_unit(unit.memory, buffer, fp32, runs, self._threads))()
-
-        read = () if self.held is None else (self.held.released(unit.index),)
-        disk = self._placed.disk
-        if disk is None or unit.index not in disk:
-            return UnitUpdate(run, after=read)
-        places, waited = disk.layouts[unit.index], unit.memory.grads_on_disk
-        # Gradients that wait on disk come with the rest.
-        loan = disk.updates.borrow(unit.index, places.masters_and_gradients if waited else places.masters)
-
-        def run_on_disk(buffer: HostBuffer | BufferView) -> None:
-            try:
-                with self._placed.attached(unit, loan):
-                    run(BufferView(loan.buffer, places.gradients[0]) if waited else buffer)
-            finally:
-                loan.give_back(write=True, nbytes=places.masters[1])
-
-        return UnitUpdate(run_on_disk, after=(loan.ready, *read), drop=loan.give_back)
-
-    def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                self._failure.note(error)  # the unit's state may be half updated
-                raise
-
-        return run
+        return group.home.use_up(state, grad, self._step(group))
 
     # -- order -----------------------------------------------------------------------------------------------
 
@@ -325,45 +177,34 @@ class Updates:
         Raises:
             TransferError: an update failed, or the write of its weights to disk; the cause is chained.
         """
-        for unit in self._placed.streamed:
-            if unit.pending_update is not None:
-                unit.pending_update.wait_host()
-                unit.pending_update = None
-            if unit.borrow_weights is not None:  # the update's buffer may still be on its way to the file
-                assert self._placed.disk is not None
-                self._placed.disk.state.written[unit.index].wait_host()
-        if self._outside is not None:
-            self._outside.wait_host()
+        for group in self._placed.groups:
+            group.wait_host()
+            group.pending = None
 
     def wait_outside(self, *_: object) -> None:
         """Make the current stream wait for updates of parameters outside of units; called before the model runs."""
-        if self._outside is not None:
-            self._outside.wait_stream()
+        self._placed.outside.wait_stream()
 
     def abandon(self) -> None:
         """Forget a backward that did not finish; what overlapped updates have done cannot be undone."""
-        for unit in self._placed.streamed:
-            if unit.pending_update is not None:
-                unit.pending_update.settle()
-                error = unit.pending_update.error
-                if error is None:
-                    unit.pending_update = None
-                elif self._overlapped:
-                    # Its gradients never arrived, while other units were updated.
-                    self._failure.note(StateError(f"{unit.name} missed an overlapped update"))
-                else:
-                    self._failure.note(error)
-        if self._outside is not None and (error := self._outside.abandon()) is not None:
-            self._failure.note(error)
-        self._used.clear()
+        for group in self._placed.groups:
+            error = group.abandon()
+            if error is None:
+                continue
+            if self.overlapped and group is not self._placed.outside:
+                # Its gradients never arrived, while other units were updated.
+                error = StateError(f"{group.name} missed an overlapped update")
+            self._runtime.failure.note(error)
         if self._used_hyperparams:
             self._used_hyperparams.clear()
-            self._failure.note(StateError("backward was interrupted after overlapped updates of some units"))
+            self._runtime.failure.note(
+                StateError("backward was interrupted after overlapped updates of some units")
+            )
 
     # -- saving beside training ------------------------------------------------------------------------------
 
     def hold(self) -> HeldState:
-        """Keep updates away from the state as it is now until it has been read, unit by unit.
+        """Keep updates away from the state as it is now until it has been read, group by group.
 
         Raises:
             TransferError: an update failed; the cause is chained.
@@ -372,16 +213,13 @@ class Updates:
         self.synchronize()
         for state in self._placed.states:
             state.check_outside_write()
-        groups = self._placed.by_unit()
-        outside = len(groups) - 1
-        units = sorted(self._placed.units, key=lambda unit: self._tape.place(unit.index))
-        if self._overlapped:  # as backward goes, then `step`
-            order = [*(unit.index for unit in reversed(units)), outside]
-        else:  # as `step` goes
-            order = [outside, *(unit.index for unit in sorted(units, key=lambda unit: unit.streamed))]
-        self.held = HeldState(
-            groups, order, device=self._device, borrow=self._placed.borrow, attach=self._placed.on_loan
-        )
+        *units, outside = self._placed.groups
+        units.sort(key=self._place)
+        if self.overlapped:  # as backward goes, then `step`
+            order = [*reversed(units), outside]
+        else:  # what a step waits for there and then comes first
+            order = [outside, *sorted(units, key=lambda group: not group.home.updates_at_once)]
+        self.held = HeldState(self._placed.groups, order, self._runtime.device)
         return self.held
 
     def wait_held(self) -> None:
@@ -389,8 +227,3 @@ class Updates:
         if self.held is not None:
             self.held.wait_host()
             self.held = None
-
-    def _until_read(self, state: ParamState) -> None:
-        """Wait before an update that is made here and now."""
-        if self.held is not None:
-            self.held.released(self.held.group_of[state.order]).wait_host()

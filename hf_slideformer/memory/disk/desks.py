@@ -8,10 +8,9 @@ neither waits for buffers that the other holds.
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -26,10 +25,9 @@ _CPU = torch.device("cpu")
 
 
 class Loan:
-    """A part of a unit's file on its way into a buffer.
+    """The lease of a part of a unit's file, on its way into a buffer.
 
-    `ready` completes when the buffer holds it; it fails where reading did. Every loan must be given back, whatever
-    happens: with too few buffers nothing moves any more. Once it has been, giving it back again does nothing.
+    `ready` completes when the buffer holds it; it fails where reading did.
     """
 
     __slots__ = ("_after", "_buffer", "_desk", "_is_back", "ready", "unit")
@@ -48,37 +46,27 @@ class Loan:
         assert self._buffer is not None, "read before it was ready"
         return self._buffer
 
-    def give_back(
-        self, *, write: bool = False, nbytes: int | None = None, after: Handle | None = None
-    ) -> None:
+    def release(self, *, after: Handle | None = None) -> None:
         """Let go of the buffer.
 
         Args:
-            write: its start goes to the start of the file first. Waits for a read that still runs.
-            nbytes: how much of it goes there; None is all of the file.
-            after: what still reads the buffer.
+            after: what still reads it.
         """
         if not self._is_back:
-            self._desk.take_back(self, write=write, nbytes=nbytes, after=after)
+            self._desk.take_back(self, after)
+
+    def write_back(self, nbytes: int | None = None) -> None:
+        """Let go of the buffer by way of the file: its start goes to the start of that. Waits for a read that runs.
+
+        Args:
+            nbytes: how much of it; None is all of the file.
+        """
+        if not self._is_back:
+            self._desk.write_back(self, nbytes)
 
     def __del__(self) -> None:
         # Of one that nobody got: Ctrl-C came while it was being handed over.
-        self.give_back()
-
-
-@contextlib.contextmanager
-def lent(borrow: Callable[[], Loan] | None, lane: Lane) -> Iterator[Loan | None]:
-    """A loan, or None without `borrow`, for a copy by `lane` that the block arranges for.
-
-    The block gives it back when it has done so. Where it raises, this does, once everything on the lane is over.
-    """
-    loan = borrow() if borrow is not None else None
-    try:
-        yield loan
-    except BaseException:
-        if loan is not None:
-            loan.give_back(after=lane.submit("what came before", lambda: None))
-        raise
+        self.release()
 
 
 class DiskState:
@@ -224,16 +212,17 @@ class Desk:
         done.settle()  # a write that failed has been told to `on_failure`, a copy to who waits for it
         return buffer
 
-    def take_back(self, loan: Loan, *, write: bool, nbytes: int | None, after: Handle | None) -> None:
-        """See `Loan.give_back`."""
-        if not write:
-            with self._lock:
-                loan._is_back, loan._after = True, after or Handle.done()
-                buffer = loan._buffer
-            # One that has no buffer yet must not be in the queue: the next to be filled could be its own.
-            if buffer is not None:
-                self._free.put((buffer, loan._after))
-            return
+    def take_back(self, loan: Loan, after: Handle | None) -> None:
+        """See `Loan.release`."""
+        with self._lock:
+            loan._is_back, loan._after = True, after or Handle.done()
+            buffer = loan._buffer
+        # One that has no buffer yet must not be in the queue: the next to be filled could be its own.
+        if buffer is not None:
+            self._free.put((buffer, loan._after))
+
+    def write_back(self, loan: Loan, nbytes: int | None) -> None:
+        """See `Loan.write_back`."""
         loan.ready.settle()
         loan._is_back = True
         if loan._buffer is None:

@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from ..buffers import Pin
 from ..layout import DISK_ALIGN_BYTES, Span
+from ..lease import released_on_error
 from ..limits import INPUT_BUFFERS
+from ..offload import Stored
 from ..staging import StagingBuffers
 from ..streams import Event
-from ..transfer import Handle, Lane
-from .desks import DiskState, Loan
-
-
-class DiskPlace:
-    """Where on disk one tensor waits between forward and backward; made by `DiskInputs.place`."""
-
-    __slots__ = ("_inputs", "_unit", "nbytes")
-
-    def __init__(self, inputs: DiskInputs, unit: int, nbytes: int) -> None:
-        self._inputs, self._unit = inputs, unit
-        self.nbytes = nbytes
-
-    def store(self, lane: Lane, label: str, source: torch.Tensor, event: Event) -> DiskCopy:
-        """Move `source` there.
-
-        Args:
-            lane: device-to-host lane.
-            label: for messages.
-            source: contiguous, at most `nbytes`, on the device.
-            event: fires when `source` has been computed.
-        """
-        return self._inputs.store(self._unit, lane, label, source, event)
-
-
-@dataclass(frozen=True, slots=True)
-class DiskCopy:
-    """A tensor that is on its way to its place: `left` completes when the device's memory has been read, `written` when
-    the disk has it; `borrow` asks for it back.
-    """
-
-    left: Handle
-    written: Handle
-    borrow: Callable[[], Loan]
+from ..transfer import Lane
+from .desks import DiskState
 
 
 class DiskInputs:
@@ -81,9 +50,9 @@ class DiskInputs:
         label: str,
         source: torch.Tensor,
         event: Event,
-    ) -> DiskCopy:
+    ) -> Stored:
         """See `DiskPlace.store`."""
-        staged = self._leaving.staged()
+        staged = self._leaving.lease()
 
         def leave() -> None:
             with staged.filled() as buffer:
@@ -94,7 +63,23 @@ class DiskInputs:
                 self._state.write(unit, buffer, span)
 
         span = self._spans[unit][0], -(-source.nbytes // DISK_ALIGN_BYTES) * DISK_ALIGN_BYTES
-        with staged.dropped_on_error():
+        with released_on_error(staged):
             left = lane.submit(label, leave, after_events=(event,))
-            written = self._state.writes.submit(f"{label} to disk", write, after=(left,), dropped=staged.drop)
-        return DiskCopy(left, written, lambda: self._coming.borrow(unit, span, after=written))
+            written = self._state.writes.submit(
+                f"{label} to disk", write, after=(left,), dropped=staged.release
+            )
+        return Stored(left, lambda: self._coming.borrow(unit, span, after=written))
+
+
+class DiskPlace:
+    """Where on disk one tensor waits between forward and backward; made by `DiskInputs.place`."""
+
+    __slots__ = ("_inputs", "_unit", "nbytes")
+
+    def __init__(self, inputs: DiskInputs, unit: int, nbytes: int) -> None:
+        self._inputs, self._unit = inputs, unit
+        self.nbytes = nbytes
+
+    def store(self, lane: Lane, label: str, source: torch.Tensor, event: Event) -> Stored:
+        """See `Place.store`."""
+        return self._inputs.store(self._unit, lane, label, source, event)

@@ -14,6 +14,7 @@ from slideformer_kernels.scalars import adamw_scalars
 
 from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.config import _CHOICES
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import CheckpointError, StateError
 from hf_slideformer.memory import staging
 from hf_slideformer.memory.buffers import HostBuffer
@@ -547,4 +548,12 @@ def test_state_of_a_parameter_that_is_frozen_now_is_refused():
 def test_another_format_on_a_prepared_model_is_refused():
     run = prepare(tiny_llama(), config=config())
     with pytest.raises(StateError, match="optimizer_states=8bit and is now wanted with fp32"):
-        run.engine.check_settings(bf16=True, config=SlideConfig(), micro_batches=1, overlap_is_exact=False)
+        run.engine.check_setup(
+            Setup(
+                device=run.engine.device,
+                bf16=True,
+                config=SlideConfig(),
+                micro_batches=1,
+                overlap_is_exact=False,
+            )
+        )

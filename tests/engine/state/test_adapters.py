@@ -15,6 +15,7 @@ from hf_slideformer import (
 )
 from hf_slideformer.checkpoint import save_exactly
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.engine.profiling.trace import profile_model
 from hf_slideformer.engine.reference_model import follow
 from hf_slideformer.memory.layout import FP32_MOMENTS
@@ -263,11 +264,7 @@ def test_merging_for_a_while_keeps_adapters_and_their_masters():
 
 def _read_only(model, **options):
     return SlideEngine(
-        model,
-        **(
-            {"device": torch.device("cpu"), "bf16": True, "config": SlideConfig(), "read_only": True}
-            | options
-        ),
+        model, Setup(**{"device": torch.device("cpu"), "bf16": True, "read_only": True} | options)
     )
 
 

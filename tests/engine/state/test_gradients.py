@@ -16,6 +16,7 @@ from hf_slideformer import (
     SlideFormerPlugin,
 )
 from hf_slideformer.engine.engine import SlideEngine
+from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.errors import StateError, UnsupportedModelError
 from tests.engine.loop import decide
 
@@ -53,9 +54,7 @@ class Model(nn.Module):
 def stream(model, config=None, decisions=None, device="cpu", **settings):
     engine = SlideEngine(
         model,
-        device=torch.device(device),
-        bf16=False,
-        config=config or SlideConfig(),
+        Setup(device=torch.device(device), bf16=False, config=config or SlideConfig()),
         decisions=decisions,
         **settings,
     )
