@@ -8,10 +8,7 @@ from typing import Any
 
 import torch
 from slideformer_kernels import (
-    adamw_fp32_,
-    adamw_fp32_8bit_,
-    adamw_split_,
-    adamw_split_8bit_,
+    adamw_,
     dequantize_moments,
     join_master,
     quantize_moments,
@@ -23,7 +20,6 @@ from ..errors import CheckpointError
 from ..memory.layout import (
     ALIGN_ELEMENTS,
     EIGHT_BIT_MOMENTS,
-    FP32_MOMENTS,
     MomentFormat,
     ParamSpec,
     Segment,
@@ -32,14 +28,6 @@ from ..memory.layout import (
 from ..memory.manager import UnitMemory
 from ..memory.pinned import BufferView, HostBuffer
 from ..memory.transfer import Handle
-
-# By moment format, and whether the master is split.
-_KERNELS: dict[tuple[str, bool], Callable[..., None]] = {
-    (FP32_MOMENTS.name, False): adamw_fp32_,
-    (FP32_MOMENTS.name, True): adamw_split_,
-    (EIGHT_BIT_MOMENTS.name, False): adamw_fp32_8bit_,
-    (EIGHT_BIT_MOMENTS.name, True): adamw_split_8bit_,
-}
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -287,11 +275,9 @@ def apply_update(
     threads: int | None,
 ) -> None:
     """One AdamW update in place on the device of its tensors; `moments` by name, in either format."""
-    kwargs = {"threads": threads} if weight.device.type == "cpu" else {}
-    kernel = _KERNELS[moment_format_of(moments).name, residual is not None]
     masters = (weight,) if residual is None else (weight, residual)
     with torch.no_grad():
-        kernel(*masters, grad, **moments, scalars=scalars, grad_scale=grad_scale, **kwargs)
+        adamw_(masters, grad, moments, scalars, grad_scale, threads=threads)
 
 
 @dataclass(frozen=True, slots=True)
