@@ -29,9 +29,8 @@ from typing import Any
 import torch
 from slideformer_kernels import (
     MOMENT_BLOCK_NUMEL,
+    adamw_,
     adamw_scalars,
-    adamw_split_,
-    adamw_split_8bit_,
     build,
 )
 from slideformer_kernels.cpu import default_threads
@@ -396,26 +395,26 @@ class _State:
         piece = torch.randn(min(numel, MIB), generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
         for part in self.master[2].split(piece.numel()):
             part.copy_(piece[: part.numel()])
-        self.moments = [zeros(numel, torch.float32), zeros(numel, torch.float32)]
-        codes = ((numel, torch.int8), (blocks, torch.float32), (numel, torch.uint8), (blocks, torch.float32))
-        self.codes = [zeros(count, dtype) for count, dtype in codes]
+        self.moments = {name: zeros(numel, torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        self.codes = {
+            "exp_avg": zeros(numel, torch.int8),
+            "exp_avg_scale": zeros(blocks, torch.float32),
+            "exp_avg_sq": zeros(numel, torch.uint8),
+            "exp_avg_sq_scale": zeros(blocks, torch.float32),
+        }
         self.copy_bytes = 2 * 4 * numel
 
     def updates(self, threads: int | None) -> dict[str, Callable[[], None]]:
         """The update of all parameters, by the moments' format."""
-        hi, lo, grad = self.master
-        m, v = self.moments
-        m_codes, m_scale, v_codes, v_scale = self.codes
+        *masters, grad = self.master
         return {
-            "fp32": lambda: adamw_split_(hi, lo, grad, m, v, _SCALARS, threads=threads),
-            "8bit": lambda: adamw_split_8bit_(
-                hi, lo, grad, m_codes, m_scale, v_codes, v_scale, _SCALARS, threads=threads
-            ),
+            "fp32": lambda: adamw_(masters, grad, self.moments, _SCALARS, threads=threads),
+            "8bit": lambda: adamw_(masters, grad, self.codes, _SCALARS, threads=threads),
         }
 
     def copy(self) -> None:
         """Copy one moment over the other, after which updates are no longer training's."""
-        self.moments[0].copy_(self.moments[1])
+        self.moments["exp_avg"].copy_(self.moments["exp_avg_sq"])
 
 
 def _samples(run: Callable[[], float], seconds: float) -> list[float]:

@@ -10,28 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from slideformer_kernels import dequantize_moments, quantize_moments
+from slideformer_kernels import adamw_, dequantize_moments, quantize_moments
 from slideformer_kernels.scalars import AdamWScalars, adamw_scalars
 
 from ..errors import UnsupportedModelError
 from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS, MOMENT_FORMATS, MomentFormat
 from .optimizer import SlideOptimizer
 from .rule import UpdateRule
-
-
-def adamw_(masters, grad, moments, scalars, grad_scale, threads=None):  # until the kernels have one
-    import slideformer_kernels as k
-
-    kernel = {
-        (1, 2): k.adamw_fp32_,
-        (2, 2): k.adamw_split_,
-        (1, 4): k.adamw_fp32_8bit_,
-        (2, 4): k.adamw_split_8bit_,
-    }
-    kw = {} if threads is None else {"threads": threads}
-    kernel[len(masters), len(moments)](
-        *masters, grad, **moments, scalars=scalars, grad_scale=grad_scale, **kw
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,29 @@
 """Checks of the tensors that every implementation takes, so that all refuse the same mistakes alike."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
+from .rules import ADAMW, Rule
+
 GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
+MASTER_DTYPES = {1: {"weight": torch.float32}, 2: {"hi": torch.bfloat16, "lo": torch.int16}}
+"""By the number of its tensors, what a master consists of."""
+
+Operands = Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]]
+"""Name -> (tensor, allowed dtypes)."""
 
 MOMENT_BLOCK_NUMEL = 128
 """Consecutive elements of a flat parameter that share one scale of each 8-bit moment."""
 
 
-def check_operands(operation: str, operands: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]]) -> int:
+def check_operands(operation: str, operands: Operands) -> int:
     """Check that all operands are contiguous, of an allowed dtype, on one device and equally long.
 
     Args:
         operation: name used in the message.
-        operands: name -> (tensor, allowed dtypes); the first one sets numel and device.
+        operands: what is checked; the first one sets numel and device.
 
     Returns:
         The common number of elements.
@@ -42,122 +50,66 @@ def check_operands(operation: str, operands: Mapping[str, tuple[torch.Tensor, Se
     return first.numel()
 
 
-def check_adamw_split(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
+class Update(NamedTuple):
+    """A checked update: the kernel for it, the number of elements, and the moments in the kernel's order."""
+
+    kernel: str
+    numel: int
+    moments: tuple[torch.Tensor, ...]
+
+
+def check_update(
+    rule: Rule,
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-) -> int:
-    """Check the tensors of ``adamw_split_``; returns numel."""
-    return check_operands(
-        "adamw_split_",
-        {
-            "hi": (hi, (torch.bfloat16,)),
-            "lo": (lo, (torch.int16,)),
-            "grad": (grad, GRADIENT_DTYPES),
-            "exp_avg": (exp_avg, (torch.float32,)),
-            "exp_avg_sq": (exp_avg_sq, (torch.float32,)),
-        },
-    )
-
-
-def check_adamw_fp32(
-    param: torch.Tensor, grad: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor
-) -> int:
-    """Check the tensors of ``adamw_fp32_``; returns numel."""
-    return check_operands(
-        "adamw_fp32_",
-        {
-            "param": (param, (torch.float32,)),
-            "grad": (grad, GRADIENT_DTYPES),
-            "exp_avg": (exp_avg, (torch.float32,)),
-            "exp_avg_sq": (exp_avg_sq, (torch.float32,)),
-        },
-    )
-
-
-def check_moment_codes(
-    operation: str,
-    masters: Mapping[str, tuple[torch.Tensor, Sequence[torch.dtype]]],
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-) -> int:
-    """Check 8-bit moments, with whatever else of the same numel belongs to the operation; returns numel.
-
-    Args:
-        operation: name used in messages.
-        masters: further operands as in :func:`check_operands`.
-        exp_avg: (numel,) int8 codes.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
-        exp_avg_sq: (numel,) uint8 codes.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
+    moments: Mapping[str, torch.Tensor],
+    scalars: object,
+) -> Update:
+    """Check what an update is given, as the functions of ``ops.py`` describe it.
 
     Raises:
         ValueError: naming the operand with what it has and what is wanted.
+        TypeError: if the scalars are another rule's.
     """
-    numel = check_operands(
-        operation,
-        {**masters, "exp_avg": (exp_avg, (torch.int8,)), "exp_avg_sq": (exp_avg_sq, (torch.uint8,))},
-    )
-    check_operands(
-        operation,
-        {
-            "exp_avg_scale": (exp_avg_scale, (torch.float32,)),
-            "exp_avg_sq_scale": (exp_avg_sq_scale, (torch.float32,)),
-        },
-    )
-    blocks = -(-numel // MOMENT_BLOCK_NUMEL)
-    if exp_avg_scale.numel() != blocks:
-        raise ValueError(
-            f"{operation}: exp_avg_scale has {exp_avg_scale.numel()} elements, {numel} codes want {blocks}"
-        )
-    if exp_avg_scale.device != exp_avg.device:
-        raise ValueError(
-            f"{operation}: exp_avg_scale is on {exp_avg_scale.device}, exp_avg is on {exp_avg.device}"
-        )
+    if not isinstance(scalars, rule.scalars):
+        raise TypeError(f"{rule.name}: scalars are {type(scalars).__name__}, wanted {rule.scalars.__name__}")
+    if len(masters) not in (1, 2):
+        raise ValueError(f"{rule.name}: masters are {len(masters)} tensors, wanted (weight,) or (hi, lo)")
+    names = MASTER_DTYPES[len(masters)]
+    operands: Operands = {
+        **{name: (tensor, (dtype,)) for (name, dtype), tensor in zip(names.items(), masters, strict=True)},
+        "grad": (grad, GRADIENT_DTYPES),
+    }
+    for kernel, dtypes in rule.formats.items():
+        if dtypes.keys() == moments.keys():
+            numel = _check_moments(rule.name, operands, moments, dtypes)
+            return Update(kernel, numel, tuple(moments[name] for name in dtypes))
+    wanted = "; or ".join(", ".join(dtypes) for dtypes in rule.formats.values())
+    raise ValueError(f"{rule.name}: moments are {', '.join(moments) or 'none'}, wanted {wanted}")
+
+
+def _check_moments(
+    operation: str, others: Operands, moments: Mapping[str, torch.Tensor], dtypes: Mapping[str, torch.dtype]
+) -> int:
+    """Check moments with whatever else of the same numel belongs to the operation; returns numel."""
+    given = {name: (moments[name], (dtype,)) for name, dtype in dtypes.items()}
+    scales = {name: given.pop(name) for name in dtypes if name.endswith("_scale")}
+    numel = check_operands(operation, {**others, **given})
+    if scales:
+        have, wanted = check_operands(operation, scales), -(-numel // MOMENT_BLOCK_NUMEL)
+        code, scale = next(iter(given)), next(iter(scales))
+        if have != wanted:
+            raise ValueError(f"{operation}: {scale} has {have} elements, {numel} codes want {wanted}")
+        device, scale_device = moments[code].device, moments[scale].device
+        if scale_device != device:
+            raise ValueError(f"{operation}: {scale} is on {scale_device}, {code} is on {device}")
     return numel
 
 
-def check_adamw_split_8bit(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-) -> int:
-    """Check the tensors of ``adamw_split_8bit_``; returns numel."""
-    masters = {"hi": (hi, (torch.bfloat16,)), "lo": (lo, (torch.int16,)), "grad": (grad, GRADIENT_DTYPES)}
-    return check_moment_codes(
-        "adamw_split_8bit_", masters, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    )
-
-
-def check_adamw_fp32_8bit(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-) -> int:
-    """Check the tensors of ``adamw_fp32_8bit_``; returns numel."""
-    masters = {"param": (param, (torch.float32,)), "grad": (grad, GRADIENT_DTYPES)}
-    return check_moment_codes(
-        "adamw_fp32_8bit_", masters, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    )
-
-
-def check_fp32_moments(exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> int:
-    """Check the tensors of ``quantize_moments``; returns numel."""
-    return check_operands(
-        "quantize_moments",
-        {"exp_avg": (exp_avg, (torch.float32,)), "exp_avg_sq": (exp_avg_sq, (torch.float32,))},
-    )
+def check_moments(operation: str, kernel: str, *moments: torch.Tensor) -> int:
+    """Check all moments of one of AdamW's formats, given in its order; returns numel."""
+    dtypes = ADAMW.formats[kernel]
+    return _check_moments(operation, {}, dict(zip(dtypes, moments, strict=True)), dtypes)
 
 
 def check_accumulate(acc: torch.Tensor, grad: torch.Tensor) -> int:

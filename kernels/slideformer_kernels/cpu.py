@@ -1,209 +1,75 @@
-"""The C kernels behind the signatures of ``reference.py``: same checks, same results bit for bit.
+"""The C kernels behind the functions of ``ops.py``: the checks of ``reference.py``, and its results bit for bit.
 
-Calls release the GIL. Each uses ``threads`` OpenMP threads (small tensors fewer), independent of
-OMP_NUM_THREADS, which launchers set to 1. The environment variable SLIDEFORMER_CPU_ISA (``avx512``, ``avx2``
-or ``portable``) forces one instruction set; without it the widest that the CPU has is used.
+Arguments, results and errors are described in ``ops.py``; tensors must be on the CPU. Further, RuntimeError says that
+the library could not be built (``build.is_available()`` tells), and ValueError that ``threads`` is below 1.
+
+Calls release the GIL. Each uses at most ``threads`` OpenMP threads (small tensors fewer; None is
+:func:`default_threads`), independent of OMP_NUM_THREADS, which launchers set to 1. The environment variable
+SLIDEFORMER_CPU_ISA (``avx512``, ``avx2`` or ``portable``) forces one instruction set; without it the widest that the
+CPU has is used.
 """
 
 import ctypes
 import functools
 import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from . import arguments, build
-from .scalars import AdamWScalars, round_to_fp32
+from . import arguments, build, rules
+from .scalars import AdamWScalars, kernel_arguments, round_to_fp32
 
 ISA_VARIABLE = "SLIDEFORMER_CPU_ISA"
-# The numbers are those of the enumeration in slideformer_cpu.c.
+# The numbers are those of the enumerations in slideformer_cpu.c.
 ISA_NUMBERS = {"portable": 1, "avx2": 2, "avx512": 3}
+UPDATE_NUMBERS = {"adamw": 0, "adamw_8bit": 1}
+_MOMENTS = 4
+_SCALARS = 7
 _BEST_ISA = 0
 _STATUS_UNSUPPORTED_ISA = 1
 _STATUS_NO_MEMORY = 2
 
 
-def adamw_split_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
+def adamw_(
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float = 1.0,
     *,
     threads: int | None = None,
 ) -> None:
-    """Update a split master in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
-
-    One pass over memory: 26 bytes per element with a bf16 gradient.
-
-    Args:
-        hi: (numel,) bf16, CPU, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built (``build.is_available()`` tells).
-    """
-    numel = arguments.check_adamw_split(hi, lo, grad, exp_avg, exp_avg_sq)
-    _call(
-        "adamw_split",
-        hi,
-        hi.data_ptr(),
-        lo.data_ptr(),
-        grad.data_ptr(),
-        grad.dtype == torch.bfloat16,
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        numel,
-        _scalar_array(scalars, grad_scale),
-        threads=threads,
-    )
-    arguments.mark_written(hi, lo, exp_avg, exp_avg_sq)
+    """Update CPU tensors as :func:`~slideformer_kernels.ops.adamw_` says, in one pass over memory."""
+    _update(rules.ADAMW, masters, grad, moments, scalars, grad_scale, threads)
 
 
-def adamw_fp32_(
-    param: torch.Tensor,
+def _update(
+    rule: rules.Rule,
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-    *,
-    threads: int | None = None,
+    grad_scale: float,
+    threads: int | None,
 ) -> None:
-    """Update fp32 parameters in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
-
-    Args:
-        param: (numel,) fp32, CPU, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
-    numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
+    update = arguments.check_update(rule, masters, grad, moments, scalars)
+    numbers = (round_to_fp32(grad_scale), *kernel_arguments(scalars))
     _call(
-        "adamw_fp32",
-        param,
-        param.data_ptr(),
+        "update",
+        grad,
+        UPDATE_NUMBERS[update.kernel],
+        masters[0].data_ptr(),
+        masters[1].data_ptr() if len(masters) == 2 else None,
         grad.data_ptr(),
         grad.dtype == torch.bfloat16,
-        exp_avg.data_ptr(),
-        exp_avg_sq.data_ptr(),
-        numel,
-        _scalar_array(scalars, grad_scale),
+        (ctypes.c_void_p * _MOMENTS)(*(tensor.data_ptr() for tensor in update.moments)),
+        (ctypes.c_float * (1 + _SCALARS))(*numbers),
+        update.numel,
         threads=threads,
     )
-    arguments.mark_written(param, exp_avg, exp_avg_sq)
-
-
-def adamw_split_8bit_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Update a split master in place with AdamW on 8-bit moments (formula: reference.py).
-
-    One pass over memory: 14 bytes per element with a bf16 gradient.
-
-    Args:
-        hi: (numel,) bf16, CPU, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
-    _call(
-        "adamw_split_8bit",
-        hi,
-        hi.data_ptr(),
-        lo.data_ptr(),
-        grad.data_ptr(),
-        grad.dtype == torch.bfloat16,
-        *(tensor.data_ptr() for tensor in codes),
-        numel,
-        _scalar_array(scalars, grad_scale),
-        threads=threads,
-    )
-    arguments.mark_written(hi, lo, *codes)
-
-
-def adamw_fp32_8bit_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: reference.py).
-
-    Args:
-        param: (numel,) fp32, CPU, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
-    _call(
-        "adamw_fp32_8bit",
-        param,
-        param.data_ptr(),
-        grad.data_ptr(),
-        grad.dtype == torch.bfloat16,
-        *(tensor.data_ptr() for tensor in codes),
-        numel,
-        _scalar_array(scalars, grad_scale),
-        threads=threads,
-    )
-    arguments.mark_written(param, *codes)
+    arguments.mark_written(*masters, *update.moments)
 
 
 def split_master(
@@ -212,20 +78,7 @@ def split_master(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
     threads: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split fp32 values into their bf16 part and the residual (layout: reference.py).
-
-    Args:
-        fp32: (numel,) fp32, CPU, any shape, contiguous.
-        out: (hi, lo) to write, bf16 and int16 of the same numel; allocated in the shape of ``fp32`` if None.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Returns:
-        (hi, lo): ``out``, or new tensors that the caller owns.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
+    """Split fp32 values into their bf16 part and the residual: (hi, lo)."""
     hi, lo = arguments.split_outputs(fp32, out)
     _call("split_master", fp32, fp32.data_ptr(), hi.data_ptr(), lo.data_ptr(), fp32.numel(), threads=threads)
     arguments.mark_written(hi, lo)
@@ -239,21 +92,7 @@ def join_master(
     out: torch.Tensor | None = None,
     threads: int | None = None,
 ) -> torch.Tensor:
-    """Join a split master to fp32, bit for bit (layout: reference.py).
-
-    Args:
-        hi: (numel,) bf16, CPU, any shape, contiguous.
-        lo: (numel,) int16.
-        out: (numel,) fp32 to write; allocated in the shape of ``hi`` if None.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Returns:
-        ``out``, or a new tensor that the caller owns.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
+    """Join a split master to fp32, bit for bit."""
     out = arguments.join_output(hi, lo, out)
     _call("join_master", hi, hi.data_ptr(), lo.data_ptr(), out.data_ptr(), hi.numel(), threads=threads)
     arguments.mark_written(out)
@@ -261,17 +100,7 @@ def join_master(
 
 
 def accumulate_(acc: torch.Tensor, grad: torch.Tensor, *, threads: int | None = None) -> None:
-    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000.
-
-    Args:
-        acc: (numel,) fp32, CPU, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        threads: at most this many; None takes :func:`default_threads`.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit, or threads < 1.
-        RuntimeError: if the library could not be built.
-    """
+    """Add ``grad`` to ``acc`` in fp32, in place."""
     numel = arguments.check_accumulate(acc, grad)
     _call(
         "accumulate",
@@ -286,19 +115,10 @@ def accumulate_(acc: torch.Tensor, grad: torch.Tensor, *, threads: int | None = 
 
 
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None) -> float:
-    """Return the sum of the squares in float64 by the fixed tree (reference.py).
-
-    Args:
-        x: (numel,) bf16 or fp32, CPU, any shape, contiguous; numel may be 0.
-        threads: at most this many; None takes :func:`default_threads`. The result does not depend on it.
-
-    Returns:
-        The sum; NaN and infinity pass through.
+    """Return the sum of the squares in float64 by the fixed tree, whatever the number of threads.
 
     Raises:
-        ValueError: if dtype, device or contiguity does not fit, or threads < 1.
         MemoryError: if the row sums (8 bytes for 1024 elements) cannot be allocated.
-        RuntimeError: if the library could not be built.
     """
     numel = arguments.check_sum_of_squares(x)
     result = ctypes.c_double()
@@ -371,20 +191,6 @@ def _isa_number() -> int:
     return ISA_NUMBERS[name]
 
 
-def _scalar_array(scalars: AdamWScalars, grad_scale: float) -> ctypes.Array:
-    """Return the scalars in the order that adamw_args_of in slideformer_cpu.c reads them."""
-    return (ctypes.c_float * 8)(
-        scalars.decay,
-        scalars.one_minus_beta1,
-        scalars.beta2,
-        scalars.one_minus_beta2,
-        scalars.inv_bias_correction2_sqrt,
-        scalars.eps,
-        scalars.step_size,
-        round_to_fp32(grad_scale),
-    )
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     """Return the library with its argument types set."""
@@ -393,10 +199,7 @@ def _library() -> ctypes.CDLL:
         raise RuntimeError(f"the CPU kernels are not available: {build.build_once().error}")
     pointer, number, numel = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     signatures = {
-        "adamw_split": (pointer, pointer, pointer, number, pointer, pointer, numel, pointer),
-        "adamw_fp32": (pointer, pointer, number, pointer, pointer, numel, pointer),
-        "adamw_split_8bit": (pointer, pointer, pointer, number, *[pointer] * 4, numel, pointer),
-        "adamw_fp32_8bit": (pointer, pointer, number, *[pointer] * 4, numel, pointer),
+        "update": (number, pointer, pointer, pointer, number, pointer, pointer, numel),
         "split_master": (pointer, pointer, pointer, numel),
         "join_master": (pointer, pointer, pointer, numel),
         "accumulate": (pointer, pointer, number, numel),

@@ -18,6 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import cross_entropy_reference as reference
+from .cross_entropy_options import LossOptions
 
 DEFAULT_MEMORY_BUDGET = 2**30
 # Chunks are whole multiples of a matrix kernel's tile where the budget allows, and rows of logits start aligned.
@@ -25,25 +26,6 @@ _ROW_MULTIPLE = 128
 _STRIDE_MULTIPLE = 64
 # Vocabulary entries per block where the CPU widens bf16 operands to fp32.
 _CPU_BLOCK = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class LossOptions:
-    """What happens between logits and loss; see :func:`linear_cross_entropy`."""
-
-    ignore_index: int = -100
-    logit_scale: float = 1.0
-    softcap: float = 0.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-
-    def unit(self, vocabulary: int) -> float:
-        """What the row kernels' gradients are divided by, for backward to multiply by in fp32.
-
-        It makes a label's entry -1 plus its probability, and -1 is a number that bf16 holds, unlike, say, -0.9, which
-        it rounds by 0.2 %: that entry is the largest of its row, and its rounding would be most of the error.
-        """
-        return (1.0 - self.label_smoothing + self.label_smoothing / vocabulary) * self.logit_scale or 1.0
 
 
 def linear_cross_entropy(

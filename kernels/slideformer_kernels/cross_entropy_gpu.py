@@ -4,16 +4,11 @@ Import this module only where it is needed: it imports Triton. All functions enq
 never wait for it. Under TRITON_INTERPRET=1 they run on CPU tensors.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
-if TYPE_CHECKING:
-    from .cross_entropy import LossOptions
+from .cross_entropy_options import LossOptions
 
 # One program works on a row, and reads it twice. With few, wide programs much of the second reading comes from the
 # L2 cache: on an H100 the widest was the fastest.

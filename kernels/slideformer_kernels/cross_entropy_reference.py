@@ -1,13 +1,8 @@
 """Cross-entropy of rows of logits, and its gradient in their place, in plain PyTorch."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 
-if TYPE_CHECKING:
-    from .cross_entropy import LossOptions
+from .cross_entropy_options import LossOptions
 
 # Rows that are widened to fp32 at a time; their temporaries stay in the cache.
 _CHUNK_NUMEL = 1 << 20

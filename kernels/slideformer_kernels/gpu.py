@@ -1,7 +1,8 @@
 """The same operations on GPU tensors, in Triton (NVIDIA and AMD), with the bits of ``reference.py``.
 
-Import this module only where it is needed: it imports Triton. All functions enqueue on the current stream of
-their tensors' device and never wait for it. Under TRITON_INTERPRET=1 they run on CPU tensors.
+Import this module only where it is needed: it imports Triton. Arguments, results and errors are described in
+``ops.py``; tensors must be on a CUDA device. All functions enqueue on the current stream of their tensors' device and
+never wait for it. Under TRITON_INTERPRET=1 they run on CPU tensors.
 
 What keeps the bits the same:
 
@@ -12,14 +13,16 @@ What keeps the bits the same:
   instruction whose result for NaN or out of range depends on the hardware.
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from . import arguments
+from . import arguments, rules
 from .arguments import MOMENT_BLOCK_NUMEL
 from .reference import DITHER_BITS, EXP_AVG_LEVELS, EXP_AVG_SQ_LEVELS, SMALLEST_SCALE
-from .scalars import AdamWScalars, round_to_fp32
+from .scalars import AdamWScalars, kernel_arguments, round_to_fp32
 
 ROW_NUMEL = 1024
 # Elements and rows per program; with 4 warps a thread moves 16 bytes at a time.
@@ -32,9 +35,6 @@ LOG2_SEGMENT_NUMEL = 7
 # Blocks of 8-bit moments per program.
 BLOCK_MOMENT_BLOCKS = BLOCK_NUMEL // MOMENT_BLOCK_NUMEL
 
-_TILE = {"BLOCK": BLOCK_NUMEL}
-_TILE_8BIT = {"BLOCKS": BLOCK_MOMENT_BLOCKS, "BLOCK": MOMENT_BLOCK_NUMEL}
-
 _EXP_AVG_NUMERATOR = tl.constexpr(EXP_AVG_LEVELS * 4.0**DITHER_BITS)
 _EXP_AVG_SQ_NUMERATOR = tl.constexpr(EXP_AVG_SQ_LEVELS * 4.0**DITHER_BITS)
 _INV_EXP_AVG_LEVELS = tl.constexpr(round_to_fp32(1.0 / EXP_AVG_LEVELS))
@@ -46,150 +46,19 @@ _LOW_BITS = tl.constexpr((1 << DITHER_BITS) - 1)
 _BITS_DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def adamw_split_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
+def adamw_(
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float | torch.Tensor = 1.0,
 ) -> None:
-    """Update a split master in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
-
-    One pass over memory: 26 bytes per element with a bf16 gradient.
-
-    Args:
-        hi: (numel,) bf16, CUDA, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
-            kernel runs.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    numel = arguments.check_adamw_split(hi, lo, grad, exp_avg, exp_avg_sq)
-    moments = exp_avg, exp_avg_sq
-    _launch_adamw(_adamw_kernel, _bits(hi), lo, grad, moments, scalars, grad_scale, numel, True, **_TILE)
-    arguments.mark_written(hi, lo, exp_avg, exp_avg_sq)
-
-
-def adamw_fp32_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-) -> None:
-    """Update fp32 parameters in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
-
-    Args:
-        param: (numel,) fp32, CUDA, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
-            kernel runs.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
-    # The second pointer of the split master is not read.
-    bits, moments = _bits(param), (exp_avg, exp_avg_sq)
-    _launch_adamw(_adamw_kernel, bits, bits, grad, moments, scalars, grad_scale, numel, False, **_TILE)
-    arguments.mark_written(param, exp_avg, exp_avg_sq)
-
-
-def adamw_split_8bit_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-) -> None:
-    """Update a split master in place with AdamW on 8-bit moments (formula: reference.py).
-
-    One pass over memory: 14 bytes per element with a bf16 gradient.
-
-    Args:
-        hi: (numel,) bf16, CUDA, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
-            kernel runs.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
-    bits = _bits(hi)
-    _launch_adamw(_adamw_8bit_kernel, bits, lo, grad, codes, scalars, grad_scale, numel, True, **_TILE_8BIT)
-    arguments.mark_written(hi, lo, *codes)
-
-
-def adamw_fp32_8bit_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-) -> None:
-    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: reference.py).
-
-    Args:
-        param: (numel,) fp32, CUDA, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the same device, read when the
-            kernel runs.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
-    # The second pointer of the split master is not read.
-    bits = _bits(param)
-    _launch_adamw(
-        _adamw_8bit_kernel, bits, bits, grad, codes, scalars, grad_scale, numel, False, **_TILE_8BIT
-    )
-    arguments.mark_written(param, *codes)
+    """Update CUDA tensors as :func:`~slideformer_kernels.ops.adamw_` says, in one pass over memory."""
+    _update(rules.ADAMW, masters, grad, moments, scalars, grad_scale)
 
 
 def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
-    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000.
-
-    Args:
-        acc: (numel,) fp32, CUDA, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
+    """Add ``grad`` to ``acc`` in fp32, in place."""
     numel = arguments.check_accumulate(acc, grad)
     _check_device(acc)
     if numel == 0:
@@ -202,17 +71,7 @@ def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
 
 
 def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the squares in float64 by the fixed tree (reference.py), without waiting for it.
-
-    Args:
-        x: (numel,) bf16 or fp32, CUDA, any shape, contiguous; numel may be 0.
-
-    Returns:
-        A new 0-dim float64 tensor on the device of ``x``, ready on its current stream.
-
-    Raises:
-        ValueError: if dtype, device or contiguity does not fit.
-    """
+    """Return the sum of the squares in float64 by the fixed tree, 0-dim on the device, without waiting for it."""
     numel = arguments.check_sum_of_squares(x)
     _check_device(x)
     if numel == 0:
@@ -237,52 +96,37 @@ def sum_of_squares(x: torch.Tensor) -> torch.Tensor:
             level = sums
 
 
-def _launch_adamw(
-    kernel: triton.JITFunction,
-    master: torch.Tensor,
-    lo: torch.Tensor,
+def _update(
+    rule: rules.Rule,
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    moments: tuple[torch.Tensor, ...],
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float | torch.Tensor,
-    numel: int,
-    is_split: bool,
-    **tile: int,
 ) -> None:
-    """Run the kernel of either format of moments; ``tile`` are its sizes, BLOCK_NUMEL elements in all."""
+    update = arguments.check_update(rule, masters, grad, moments, scalars)
     _check_device(grad)
     grad_scale = _checked_scale(grad_scale, grad)
-    if numel == 0:
+    if update.numel == 0:
         return
+    kernel, tile = _UPDATES[update.kernel]
     with torch.cuda.device_of(grad):
-        kernel[(triton.cdiv(numel, BLOCK_NUMEL),)](
-            master,
-            lo,
+        kernel[(triton.cdiv(update.numel, BLOCK_NUMEL),)](
+            _bits(masters[0]),
+            _bits(masters[-1]),  # not read if there is but one
             _bits(grad),
-            *(_bits(x) for x in moments),
+            *(_bits(x) for x in update.moments),
             grad_scale,
-            *_scalar_arguments(scalars),
-            numel,
-            IS_SPLIT=is_split,
+            *kernel_arguments(scalars),
+            update.numel,
+            IS_SPLIT=len(masters) == 2,
             SCALE_IS_POINTER=isinstance(grad_scale, torch.Tensor),
             INTERPRETED=triton.knobs.runtime.interpret,
             **tile,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,
         )
-
-
-def _scalar_arguments(scalars: AdamWScalars) -> tuple[float, ...]:
-    """Return the scalars in the order in which the kernels take them."""
-    return (
-        scalars.decay,
-        scalars.one_minus_beta1,
-        scalars.beta2,
-        scalars.one_minus_beta2,
-        scalars.inv_bias_correction2_sqrt,
-        scalars.eps,
-        -scalars.step_size,
-    )
+    arguments.mark_written(*masters, *update.moments)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -331,9 +175,7 @@ def _adamw_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
-    if SCALE_IS_POINTER:
-        grad_scale = tl.load(grad_scale)
-    g = _load_fp32(grad_ptr, offsets, mask) * grad_scale
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
     m = _load_fp32(exp_avg_ptr, offsets, mask)
     v = _load_fp32(exp_avg_sq_ptr, offsets, mask)
     p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
@@ -385,9 +227,7 @@ def _adamw_8bit_kernel(
     block_mask = block * BLOCK < numel
     offsets = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = offsets < numel
-    if SCALE_IS_POINTER:
-        grad_scale = tl.load(grad_scale)
-    g = _load_fp32(grad_ptr, offsets, mask) * grad_scale
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
     q = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
     scale = _load_fp32(exp_avg_scale_ptr, block, block_mask)
     m = (q * tl.abs(q)).to(tl.float32) * _INV_EXP_AVG_LEVELS * scale[:, None]
@@ -468,6 +308,14 @@ def _updated(
     d = _fma(r, inv_bias_correction2_sqrt, tl.full(g.shape, eps, tl.float32), INTERPRETED)
     p = _fma(p, tl.full(g.shape, decay, tl.float32), minus_step_size * tl.div_rn(m, d), INTERPRETED)
     return p, m, v, r
+
+
+@triton.jit
+def _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER: tl.constexpr):
+    """Load the scaled gradient."""
+    if SCALE_IS_POINTER:
+        grad_scale = tl.load(grad_scale)
+    return _load_fp32(grad_ptr, offsets, mask) * grad_scale
 
 
 @triton.jit
@@ -591,3 +439,10 @@ def _sqrt(x):
     is_small = x < 2.0**-96
     root = tl.sqrt_rn(tl.where(is_small, x * 2.0**64, x))
     return tl.where(is_small, root * 2.0**-32, root)
+
+
+_TILE = {"BLOCK": BLOCK_NUMEL}
+_TILE_8BIT = {"BLOCKS": BLOCK_MOMENT_BLOCKS, "BLOCK": MOMENT_BLOCK_NUMEL}
+
+# By the names of rules.py; a program works on BLOCK_NUMEL elements.
+_UPDATES = {"adamw": (_adamw_kernel, _TILE), "adamw_8bit": (_adamw_8bit_kernel, _TILE_8BIT)}

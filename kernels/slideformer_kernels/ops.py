@@ -4,6 +4,7 @@ CPU tensors: the C kernels, or ``reference.py`` where they cannot be built. CUDA
 Triton, or PyTorch operators where one pass over memory hardly matters. All give the same bits.
 """
 
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -13,158 +14,55 @@ from .arguments import MOMENT_BLOCK_NUMEL as MOMENT_BLOCK_NUMEL
 from .scalars import AdamWScalars
 
 
-def adamw_split_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
+def adamw_(
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float | torch.Tensor = 1.0,
     *,
     threads: int | None = None,
 ) -> None:
-    """Update a split master in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
+    """Update weights in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
 
-    On CUDA tensors the update is enqueued on the current stream of their device.
+    One pass over memory: with a bf16 gradient 26 bytes for each element, 14 with 8-bit moments. On CUDA tensors the
+    update is enqueued on the current stream of their device.
 
     Args:
-        hi: (numel,) bf16, CPU or CUDA, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
+        masters: (weight,), fp32, or a split master (hi, lo), bf16 and int16; (numel,) each, CPU or CUDA, any shape,
+            contiguous; updated in place.
         grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
+        moments: updated in place. Either ``exp_avg`` and ``exp_avg_sq``, (numel,) fp32; or 8-bit ones: ``exp_avg``,
+            (numel,) int8 codes, ``exp_avg_sq``, (numel,) uint8 codes, and for each of them ``exp_avg_scale`` and
+            ``exp_avg_sq_scale``, (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32. Zeros are the moments of a new parameter.
         scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
+        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing. A float, or a 1-element fp32 tensor on the
+            tensors' device, which is read when the update runs.
         threads: CPU only: at most this many; None takes the physical cores.
 
     Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+        ValueError: if names, dtypes, devices, contiguity or numbers of elements do not fit.
     """
-    operands = (hi, lo, grad, exp_avg, exp_avg_sq, scalars)
-    if hi.is_cuda:
-        _gpu().adamw_split_(*operands, grad_scale)
-    elif build.load() is not None:
-        cpu.adamw_split_(*operands, _host_float(grad_scale), threads=threads)
-    else:
-        reference.adamw_split_(*operands, _host_float(grad_scale))
+    _update("adamw_", masters, grad, moments, scalars, grad_scale, threads)
 
 
-def adamw_fp32_(
-    param: torch.Tensor,
+def _update(
+    name: str,
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-    *,
-    threads: int | None = None,
+    grad_scale: float | torch.Tensor,
+    threads: int | None,
 ) -> None:
-    """Update fp32 parameters in place with AdamW (Loshchilov & Hutter 2019, Alg. 2; formula: reference.py).
-
-    On CUDA tensors the update is enqueued on the current stream of their device.
-
-    Args:
-        param: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
-        threads: CPU only: at most this many; None takes the physical cores.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    operands = (param, grad, exp_avg, exp_avg_sq, scalars)
-    if param.is_cuda:
-        _gpu().adamw_fp32_(*operands, grad_scale)
+    """Call the function ``name`` of the implementation for these tensors."""
+    operands = (masters, grad, moments, scalars)
+    if grad.is_cuda:
+        getattr(_gpu(), name)(*operands, grad_scale)
     elif build.load() is not None:
-        cpu.adamw_fp32_(*operands, _host_float(grad_scale), threads=threads)
+        getattr(cpu, name)(*operands, _host_float(grad_scale), threads=threads)
     else:
-        reference.adamw_fp32_(*operands, _host_float(grad_scale))
-
-
-def adamw_split_8bit_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Update a split master in place with AdamW on 8-bit moments (formula: reference.py).
-
-    On CUDA tensors the update is enqueued on the current stream of their device. Codes and scales of 0 are the
-    moments of a new parameter.
-
-    Args:
-        hi: (numel,) bf16, CPU or CUDA, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
-        threads: CPU only: at most this many; None takes the physical cores.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    operands = (hi, lo, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars)
-    if hi.is_cuda:
-        _gpu().adamw_split_8bit_(*operands, grad_scale)
-    elif build.load() is not None:
-        cpu.adamw_split_8bit_(*operands, _host_float(grad_scale), threads=threads)
-    else:
-        reference.adamw_split_8bit_(*operands, _host_float(grad_scale))
-
-
-def adamw_fp32_8bit_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: reference.py).
-
-    On CUDA tensors the update is enqueued on the current stream of their device. Codes and scales of 0 are the
-    moments of a new parameter.
-
-    Args:
-        param: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient; a float, or a 1-element fp32 tensor on the tensors' device.
-        threads: CPU only: at most this many; None takes the physical cores.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    operands = (param, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars)
-    if param.is_cuda:
-        _gpu().adamw_fp32_8bit_(*operands, grad_scale)
-    elif build.load() is not None:
-        cpu.adamw_fp32_8bit_(*operands, _host_float(grad_scale), threads=threads)
-    else:
-        reference.adamw_fp32_8bit_(*operands, _host_float(grad_scale))
+        getattr(reference, name)(*operands, _host_float(grad_scale))
 
 
 def quantize_moments(

@@ -63,14 +63,16 @@ Edges, the same on every path:
 value; the row sums form the next vector, until one value is left.
 
 Where the machine has no C compiler these functions are also what runs on the CPU. They work in chunks, so
-that their temporaries stay below 20 MB whatever the size of the tensors.
+that their temporaries stay below 20 MB whatever the size of the tensors. Arguments, results and errors are
+described in ``ops.py``.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from . import arguments
+from . import arguments, rules
 from .arguments import MOMENT_BLOCK_NUMEL
 from .scalars import AdamWScalars, round_to_fp32
 
@@ -87,165 +89,38 @@ DITHER_BITS = 10
 
 
 @torch.no_grad()
-def adamw_split_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
+def adamw_(
+    masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
     scalars: AdamWScalars,
     grad_scale: float = 1.0,
 ) -> None:
-    """Update a split master in place with AdamW (formula: module docstring).
-
-    Args:
-        hi: (numel,) bf16, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    numel = arguments.check_adamw_split(hi, lo, grad, exp_avg, exp_avg_sq)
-    for part in _chunks(numel):
-        hi_part, lo_part = hi.view(-1)[part], lo.view(-1)[part]
-        param = _join_bits(hi_part, lo_part).view(torch.float32)
-        moments = exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part]
-        new, m, v, _ = _updated(param, grad.view(-1)[part], *moments, scalars, grad_scale)
-        _store_moments(m, v, *moments)
-        _split_into(new, hi_part, lo_part)
-
-
-@torch.no_grad()
-def adamw_fp32_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-) -> None:
-    """Update fp32 parameters in place with AdamW (formula: module docstring).
-
-    Args:
-        param: (numel,) fp32, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) fp32; updated in place.
-        exp_avg_sq: (numel,) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    numel = arguments.check_adamw_fp32(param, grad, exp_avg, exp_avg_sq)
-    for part in _chunks(numel):
-        param_part = param.view(-1)[part]
-        moments = exp_avg.view(-1)[part], exp_avg_sq.view(-1)[part]
-        new, m, v, _ = _updated(param_part, grad.view(-1)[part], *moments, scalars, grad_scale)
-        _store_moments(m, v, *moments)
-        param_part.copy_(_canonical_nan(new))
-
-
-@torch.no_grad()
-def adamw_split_8bit_(
-    hi: torch.Tensor,
-    lo: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-) -> None:
-    """Update a split master in place with AdamW on 8-bit moments (formula: module docstring).
-
-    Args:
-        hi: (numel,) bf16, any shape, contiguous; updated in place.
-        lo: (numel,) int16; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_split_8bit(hi, lo, grad, *codes)
-    for part in _chunks(numel):
-        hi_part, lo_part = hi.view(-1)[part], lo.view(-1)[part]
-        param = _join_bits(hi_part, lo_part).view(torch.float32)
-        codes_part = _codes_of(part, *codes)
-        moments = _read_codes(*codes_part)
-        new, m, _, r = _updated(param, grad.view(-1)[part], *moments, scalars, grad_scale)
-        _store_codes(m, r, *codes_part)
-        _split_into(new, hi_part, lo_part)
-
-
-@torch.no_grad()
-def adamw_fp32_8bit_(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_scale: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    exp_avg_sq_scale: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-) -> None:
-    """Update fp32 parameters in place with AdamW on 8-bit moments (formula: module docstring).
-
-    Args:
-        param: (numel,) fp32, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-        exp_avg: (numel,) int8 codes; updated in place.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        exp_avg_sq: (numel,) uint8 codes; updated in place.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32; updated in place.
-        scalars: of this step.
-        grad_scale: clip coefficient, rounded to fp32; 1.0 changes nothing.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_adamw_fp32_8bit(param, grad, *codes)
-    for part in _chunks(numel):
-        param_part = param.view(-1)[part]
-        codes_part = _codes_of(part, *codes)
-        moments = _read_codes(*codes_part)
-        new, m, _, r = _updated(param_part, grad.view(-1)[part], *moments, scalars, grad_scale)
-        _store_codes(m, r, *codes_part)
-        param_part.copy_(_canonical_nan(new))
+    """Update weights in place with AdamW (formula: module docstring)."""
+    update = arguments.check_update(rules.ADAMW, masters, grad, moments, scalars)
+    is_8bit = update.kernel == "adamw_8bit"
+    for part in _chunks(update.numel):
+        state = _codes_of(part, *update.moments) if is_8bit else _cut(update.moments, part)
+        p, g = _read(masters, grad, part, grad_scale)
+        m, v = _read_codes(*state) if is_8bit else state
+        m = fma(scalars.one_minus_beta1, g - m, m)
+        v = fma(g * scalars.one_minus_beta2, g, v * scalars.beta2)
+        r = _sqrt(v)
+        d = fma(scalars.inv_bias_correction2_sqrt, r, scalars.eps)
+        p = fma(scalars.decay, p, m / d * -scalars.step_size)
+        if is_8bit:
+            _store_codes(m, r, *state)
+        else:
+            _store_moments((m, v), state)
+        _store_master(p, _cut(masters, part))
 
 
 @torch.no_grad()
 def quantize_moments(
     exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Convert fp32 moments to 8-bit ones, as a step would store them (module docstring).
-
-    Args:
-        exp_avg: (numel,) fp32, any shape, contiguous.
-        exp_avg_sq: (numel,) fp32, not negative.
-
-    Returns:
-        (exp_avg codes, exp_avg_scale, exp_avg_sq codes, exp_avg_sq_scale): new tensors that the caller owns.
-        Codes are int8 and uint8 in the shape of ``exp_avg``, scales (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
-    numel = arguments.check_fp32_moments(exp_avg, exp_avg_sq)
+    """Convert fp32 moments to 8-bit ones, as a step would store them (module docstring)."""
+    numel = arguments.check_moments("quantize_moments", "adamw", exp_avg, exp_avg_sq)
     blocks, device = -(-numel // MOMENT_BLOCK_NUMEL), exp_avg.device
     codes = (
         torch.empty(exp_avg.shape, dtype=torch.int8, device=device),
@@ -266,26 +141,13 @@ def dequantize_moments(
     exp_avg_sq: torch.Tensor,
     exp_avg_sq_scale: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert 8-bit moments to fp32, to what the next step reads (module docstring).
-
-    Args:
-        exp_avg: (numel,) int8 codes, any shape, contiguous.
-        exp_avg_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
-        exp_avg_sq: (numel,) uint8 codes.
-        exp_avg_sq_scale: (ceil(numel / MOMENT_BLOCK_NUMEL),) fp32.
-
-    Returns:
-        (exp_avg, exp_avg_sq): new fp32 tensors in the shape of the codes, which the caller owns.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
+    """Convert 8-bit moments to fp32, to what the next step reads (module docstring)."""
     codes = exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale
-    numel = arguments.check_moment_codes("dequantize_moments", {}, *codes)
+    numel = arguments.check_moments("dequantize_moments", "adamw_8bit", *codes)
     m = torch.empty(exp_avg.shape, dtype=torch.float32, device=exp_avg.device)
     v = torch.empty(exp_avg.shape, dtype=torch.float32, device=exp_avg.device)
     for part in _chunks(numel):
-        _store_moments(*_read_codes(*_codes_of(part, *codes)), m.view(-1)[part], v.view(-1)[part])
+        _store_moments(_read_codes(*_codes_of(part, *codes)), _cut((m, v), part))
     return m, v
 
 
@@ -293,18 +155,7 @@ def dequantize_moments(
 def split_master(
     fp32: torch.Tensor, *, out: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split fp32 values into their bf16 part and the residual (module docstring).
-
-    Args:
-        fp32: (numel,) fp32, any shape, contiguous.
-        out: (hi, lo) to write, bf16 and int16 of the same numel; allocated in the shape of ``fp32`` if None.
-
-    Returns:
-        (hi, lo): ``out``, or new tensors that the caller owns.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
+    """Split fp32 values into their bf16 part and the residual (module docstring)."""
     hi, lo = arguments.split_outputs(fp32, out)
     for part in _chunks(fp32.numel()):
         _split_into(fp32.view(-1)[part], hi.view(-1)[part], lo.view(-1)[part])
@@ -313,19 +164,7 @@ def split_master(
 
 @torch.no_grad()
 def join_master(hi: torch.Tensor, lo: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Join a split master to fp32, bit for bit (module docstring).
-
-    Args:
-        hi: (numel,) bf16, any shape, contiguous.
-        lo: (numel,) int16.
-        out: (numel,) fp32 to write; allocated in the shape of ``hi`` if None.
-
-    Returns:
-        ``out``, or a new tensor that the caller owns.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
+    """Join a split master to fp32, bit for bit (module docstring)."""
     out = arguments.join_output(hi, lo, out)
     for part in _chunks(hi.numel()):
         out.view(-1)[part].view(torch.int32).copy_(_join_bits(hi.view(-1)[part], lo.view(-1)[part]))
@@ -334,15 +173,7 @@ def join_master(hi: torch.Tensor, lo: torch.Tensor, *, out: torch.Tensor | None 
 
 @torch.no_grad()
 def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
-    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000.
-
-    Args:
-        acc: (numel,) fp32, any shape, contiguous; updated in place.
-        grad: (numel,) bf16 or fp32; only read.
-
-    Raises:
-        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
-    """
+    """Add ``grad`` to ``acc`` in fp32, in place; a NaN is stored as 0x7FC00000."""
     numel = arguments.check_accumulate(acc, grad)
     for part in _chunks(numel):
         acc_part = acc.view(-1)[part]
@@ -351,17 +182,7 @@ def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
 
 @torch.no_grad()
 def sum_of_squares(x: torch.Tensor) -> float:
-    """Return the sum of the squares in float64 by the fixed tree (module docstring).
-
-    Args:
-        x: (numel,) bf16 or fp32, any shape, contiguous; numel may be 0.
-
-    Returns:
-        The sum; NaN and infinity pass through. On a CUDA tensor this waits for the device.
-
-    Raises:
-        ValueError: if dtype or contiguity does not fit.
-    """
+    """Return the sum of the squares in float64 by the fixed tree (module docstring); waits for a CUDA device."""
     numel = arguments.check_sum_of_squares(x)
     if numel == 0:
         return 0.0
@@ -399,21 +220,18 @@ def fma(a: torch.Tensor | float, b: torch.Tensor, c: torch.Tensor | float) -> to
     return (bits + step).view(torch.float64).float()
 
 
-def _updated(
-    param: torch.Tensor,
-    grad: torch.Tensor,
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    scalars: AdamWScalars,
-    grad_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return parameter, m, v and sqrt(v) after the update of one chunk; NaN are as the operations made them."""
-    g = grad.float() * round_to_fp32(grad_scale)
-    m = fma(scalars.one_minus_beta1, g - exp_avg, exp_avg)
-    v = fma(g * scalars.one_minus_beta2, g, exp_avg_sq * scalars.beta2)
-    r = _sqrt(v)
-    d = fma(scalars.inv_bias_correction2_sqrt, r, scalars.eps)
-    return fma(scalars.decay, param, m / d * -scalars.step_size), m, v, r
+def _cut(tensors: Sequence[torch.Tensor], part: slice) -> tuple[torch.Tensor, ...]:
+    """Cut the chunk ``part`` out of tensors of any shape."""
+    return tuple(tensor.view(-1)[part] for tensor in tensors)
+
+
+def _read(
+    masters: Sequence[torch.Tensor], grad: torch.Tensor, part: slice, grad_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights and scaled gradient of one chunk in fp32."""
+    master = _cut(masters, part)
+    p = master[0] if len(master) == 1 else _join_bits(*master).view(torch.float32)
+    return p, grad.view(-1)[part].float() * round_to_fp32(grad_scale)
 
 
 def _sqrt(x: torch.Tensor) -> torch.Tensor:
@@ -425,10 +243,18 @@ def _sqrt(x: torch.Tensor) -> torch.Tensor:
     return x.double().sqrt().float()
 
 
-def _store_moments(m: torch.Tensor, v: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
-    """Write the temporaries ``m`` and ``v``; changes their NaN."""
-    exp_avg.copy_(_canonical_nan(m))
-    exp_avg_sq.copy_(_canonical_nan(v))
+def _store_moments(values: Sequence[torch.Tensor], moments: Sequence[torch.Tensor]) -> None:
+    """Write the temporaries ``values``; changes their NaN."""
+    for value, moment in zip(values, moments, strict=True):
+        moment.copy_(_canonical_nan(value))
+
+
+def _store_master(p: torch.Tensor, master: Sequence[torch.Tensor]) -> None:
+    """Write the temporary ``p`` to one chunk of the masters; may change its NaN."""
+    if len(master) == 1:
+        master[0].copy_(_canonical_nan(p))
+    else:
+        _split_into(p, *master)
 
 
 def _codes_of(

@@ -37,6 +37,12 @@ def round_to_fp32(value: float) -> float:
     return ctypes.c_float(value).value
 
 
+def kernel_arguments(scalars: AdamWScalars) -> tuple[float, ...]:
+    """Return the scalars in the order of their fields, but the last, the step size, negated: kernels add."""
+    *others, step_size = (getattr(scalars, name) for name in scalars.__slots__)
+    return (*others, -step_size)
+
+
 def adamw_scalars(
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
 ) -> AdamWScalars:

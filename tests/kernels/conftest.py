@@ -78,14 +78,14 @@ def make_state() -> Callable[..., dict[str, torch.Tensor]]:
 
         grad = normal() * torch.exp(normal() * 8)
         state = {
-            "param": normal(),
+            "weight": normal(),
             "grad": grad,
             "exp_avg": normal() * torch.exp(normal() * 8) * 1e-2,
             "exp_avg_sq": (normal() * torch.exp(normal() * 8)).square() * 1e-3,
         }
         if not gentle:
             pairs = torch.cartesian_prod(SPECIAL, SPECIAL)
-            for index, name in enumerate(("param", "grad", "exp_avg", "exp_avg_sq")):
+            for index, name in enumerate(("weight", "grad", "exp_avg", "exp_avg_sq")):
                 # Each pair of the four meets every pair of special values somewhere.
                 column = pairs.roll(37 * index, 0)[:, index % 2]
                 end = min(numel, column.numel())
@@ -127,14 +127,26 @@ def make_8bit_state(make_state) -> Callable[..., dict[str, torch.Tensor]]:
                 scale[block % 8 == 7] = 0.0
             is_tiny = (torch.arange(numel) // MOMENT_BLOCK_NUMEL) % 8 == 7
             exponents = torch.randint(-160, -80, (block.numel(),), generator=generator)
-            tiny = 2.0 ** exponents.float().repeat_interleave(MOMENT_BLOCK_NUMEL)[:numel] * calm["param"]
+            tiny = 2.0 ** exponents.float().repeat_interleave(MOMENT_BLOCK_NUMEL)[:numel] * calm["weight"]
             state["grad"] = torch.where(is_tiny, tiny.to(grad_dtype), state["grad"])
         names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
         return {
-            "param": state["param"],
+            "weight": state["weight"],
             "grad": state["grad"],
             **dict(zip(names, codes, strict=True)),
         }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def start_of(make_state, make_8bit_state) -> Callable[..., dict[str, torch.Tensor]]:
+    """Make the operands of an update of `update_cases.py`, and nothing else."""
+
+    def make(
+        case, numel: int, grad_dtype: torch.dtype = torch.bfloat16, **options: object
+    ) -> dict[str, torch.Tensor]:
+        return case.select((make_8bit_state if case.is_8bit else make_state)(numel, grad_dtype, **options))
 
     return make
 
@@ -179,10 +191,10 @@ def make_8bit_edges() -> Callable[[], list[tuple[dict[str, torch.Tensor], object
         zeros = quantize_moments(torch.zeros_like(grad), torch.zeros_like(grad))
         options = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
         names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-        edges = {"param": grad.cos(), "grad": grad, **dict(zip(names, zeros, strict=True))}
+        edges = {"weight": grad.cos(), "grad": grad, **dict(zip(names, zeros, strict=True))}
         codes = list(quantize_moments(torch.ones(129), torch.ones(129)))
         codes[3][1] = float("inf")
-        short = {"param": torch.ones(129), "grad": torch.ones(129), **dict(zip(names, codes, strict=True))}
+        short = {"weight": torch.ones(129), "grad": torch.ones(129), **dict(zip(names, codes, strict=True))}
         return [
             (edges, adamw_scalars(beta1=0.0, beta2=0.0, **options)),
             (short, adamw_scalars(beta1=0.9, beta2=0.999, **options)),

@@ -3,21 +3,16 @@
 import sys
 from pathlib import Path
 
+import torch
 import triton
 from slideformer_kernels import gpu
+from slideformer_kernels.rules import ADAMW
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BITS = {"bf16": "*i16", "fp32": "*i32", "fp64": "*i64"}
-SCALARS = (
-    "decay",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "inv_bias_correction2_sqrt",
-    "eps",
-    "minus_step_size",
-)
+POINTERS = {torch.float32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
+RULES = (ADAMW,)
 
 
 def compiled(kernel, signature: dict[str, str], constants: dict[str, object], target: GPUTarget) -> str:
@@ -36,47 +31,29 @@ def compiled(kernel, signature: dict[str, str], constants: dict[str, object], ta
     return result.asm["ptx" if target.backend == "cuda" else "amdgcn"]
 
 
-def adamw(is_split: bool, grad: str, scale_is_pointer: bool, target: GPUTarget) -> str:
+def update(kernel: str, is_split: bool, grad: str, scale_is_pointer: bool, target: GPUTarget) -> str:
+    """Compile the kernel that ``gpu.py`` calls by this name of ``rules.py``."""
+    function, tile = gpu._UPDATES[kernel]
+    rule = next(rule for rule in RULES if kernel in rule.formats)
+    dtypes = rule.formats[kernel]
     signature = {
         "master_ptr": "*i16" if is_split else "*i32",
         "lo_ptr": "*i16" if is_split else "*i32",
         "grad_ptr": BITS[grad],
-        "exp_avg_ptr": "*i32",
-        "exp_avg_sq_ptr": "*i32",
+        **{f"{name}_ptr": POINTERS[dtype] for name, dtype in dtypes.items()},
         "grad_scale": "*fp32" if scale_is_pointer else "fp32",
-        **dict.fromkeys(SCALARS, "fp32"),
         "numel": "i32",
     }
     constants = {
         "IS_SPLIT": is_split,
         "SCALE_IS_POINTER": scale_is_pointer,
         "INTERPRETED": False,
-        "BLOCK": gpu.BLOCK_NUMEL,
+        **tile,
     }
-    return compiled(gpu._adamw_kernel, signature, constants, target)
-
-
-def adamw_8bit(is_split: bool, grad: str, scale_is_pointer: bool, target: GPUTarget) -> str:
-    signature = {
-        "master_ptr": "*i16" if is_split else "*i32",
-        "lo_ptr": "*i16" if is_split else "*i32",
-        "grad_ptr": BITS[grad],
-        "exp_avg_ptr": "*i8",
-        "exp_avg_scale_ptr": "*i32",
-        "exp_avg_sq_ptr": "*u8",
-        "exp_avg_sq_scale_ptr": "*i32",
-        "grad_scale": "*fp32" if scale_is_pointer else "fp32",
-        **dict.fromkeys(SCALARS, "fp32"),
-        "numel": "i32",
-    }
-    constants = {
-        "IS_SPLIT": is_split,
-        "SCALE_IS_POINTER": scale_is_pointer,
-        "INTERPRETED": False,
-        "BLOCKS": gpu.BLOCK_MOMENT_BLOCKS,
-        "BLOCK": gpu.MOMENT_BLOCK_NUMEL,
-    }
-    return compiled(gpu._adamw_8bit_kernel, signature, constants, target)
+    # What is left are the scalars of a step.
+    scalars = [name for name in function.arg_names if name not in {**signature, **constants}]
+    assert len(scalars) == len(rule.scalars.__slots__)
+    return compiled(function, {**signature, **dict.fromkeys(scalars, "fp32")}, constants, target)
 
 
 def row_sums(kind: str, target: GPUTarget) -> str:
@@ -93,10 +70,11 @@ def accumulate(grad: str, target: GPUTarget) -> str:
 def compile_most(target: GPUTarget) -> dict[str, str]:
     """Compile each kernel at least once."""
     return {
-        "adamw_split_bf16": adamw(True, "bf16", False, target),
-        "adamw_fp32_fp32_scaled": adamw(False, "fp32", True, target),
-        "adamw_split_8bit_bf16": adamw_8bit(True, "bf16", False, target),
-        "adamw_fp32_8bit_fp32_scaled": adamw_8bit(False, "fp32", True, target),
+        **{f"{kernel}_split_bf16": update(kernel, True, "bf16", False, target) for kernel in gpu._UPDATES},
+        **{
+            f"{kernel}_fp32_fp32_scaled": update(kernel, False, "fp32", True, target)
+            for kernel in gpu._UPDATES
+        },
         "row_sums_bf16": row_sums("bf16", target),
         "row_sums_fp64": row_sums("fp64", target),
         "accumulate_bf16": accumulate("bf16", target),
@@ -106,10 +84,11 @@ def compile_most(target: GPUTarget) -> dict[str, str]:
 def compile_rest(target: GPUTarget) -> dict[str, str]:
     """Compile the variants that differ only in their loads."""
     return {
-        "adamw_split_fp32_scaled": adamw(True, "fp32", True, target),
-        "adamw_fp32_bf16": adamw(False, "bf16", False, target),
-        "adamw_split_8bit_fp32_scaled": adamw_8bit(True, "fp32", True, target),
-        "adamw_fp32_8bit_bf16": adamw_8bit(False, "bf16", False, target),
+        **{
+            f"{kernel}_split_fp32_scaled": update(kernel, True, "fp32", True, target)
+            for kernel in gpu._UPDATES
+        },
+        **{f"{kernel}_fp32_bf16": update(kernel, False, "bf16", False, target) for kernel in gpu._UPDATES},
         "row_sums_fp32": row_sums("fp32", target),
         "accumulate_fp32": accumulate("fp32", target),
     }

@@ -1,4 +1,4 @@
-"""Draw what bench_cross_entropy.py and bench_adamw.py measured: time of the loss, and speed of the update.
+"""Draw what bench_cross_entropy.py and bench_updates.py measured: time of the loss, and speed of the update.
 
 python tests/kernels/plot_kernels.py LOSS_ROWS.jsonl UPDATE_ROWS.jsonl PICTURE.svg
 """

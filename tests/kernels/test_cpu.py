@@ -7,52 +7,13 @@ import time
 
 import pytest
 import torch
-from slideformer_kernels import AdamWScalars, adamw_scalars, build, cpu, reference
+from slideformer_kernels import adamw_scalars, build, cpu, reference
+from update_cases import BY_NAME, CASES, CASES_8BIT, SIZES, STEPS, Case, State, clone
 
-SIZES = [0, 1, 31, 1023, 1024, 1025, 100003]
-SIZES_8BIT = [0, 1, 127, 128, 129, 1025, 100003]
 GRAD_DTYPES = [torch.bfloat16, torch.float32]
+SPLIT_CASES = [case for case in CASES if case.is_split]
 
 pytestmark = pytest.mark.skipif(not build.is_available(), reason="no C compiler")
-
-
-CODES = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-
-
-def clone(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
-
-
-def split_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    hi, lo = reference.split_master(state["param"])
-    return {"hi": hi, "lo": lo, **{name: tensor for name, tensor in state.items() if name != "param"}}
-
-
-STEPS = ((1, 1.0, 0.0), (2, 0.3712345, 0.1), (1000, 1.0, 0.01))
-"""Step number, grad_scale, weight_decay."""
-
-
-def scalars_of(step: int, weight_decay: float) -> AdamWScalars:
-    return adamw_scalars(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step)
-
-
-UPDATES = [
-    *((update, numel) for update in ("adamw_fp32_", "adamw_split_") for numel in SIZES),
-    *((update, numel) for update in ("adamw_fp32_8bit_", "adamw_split_8bit_") for numel in SIZES_8BIT),
-]
-
-
-@pytest.fixture(scope="module")
-def start_of(make_state, make_8bit_state):
-    """Make the operands of the named update."""
-
-    def make(
-        update: str, numel: int, grad_dtype: torch.dtype = torch.bfloat16, **options: object
-    ) -> dict[str, torch.Tensor]:
-        start = (make_8bit_state if "8bit" in update else make_state)(numel, grad_dtype, **options)
-        return split_state(start) if "split" in update else start
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -60,44 +21,45 @@ def expected_states(start_of):
     """Compute the start and the reference's state after each step, once for all instruction sets."""
 
     @functools.cache
-    def compute(
-        update: str, numel: int, grad_dtype: torch.dtype
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
-        start = start_of(update, numel, grad_dtype)
+    def compute(case: Case, numel: int, grad_dtype: torch.dtype) -> tuple[State, list[State]]:
+        start = start_of(case, numel, grad_dtype)
         state, after = clone(start), []
         for step, grad_scale, weight_decay in STEPS:
-            getattr(reference, update)(*state.values(), scalars_of(step, weight_decay), grad_scale)
+            case.apply(reference, state, case.scalars(step, weight_decay), grad_scale)
             after.append(clone(state))
         return start, after
 
     return compute
 
 
-@pytest.mark.parametrize(("update", "numel"), UPDATES)
+@pytest.mark.parametrize(
+    ("case", "numel"), [(case, numel) for case in CASES for numel in case.sizes], ids=str
+)
 @pytest.mark.parametrize("grad_dtype", GRAD_DTYPES, ids=str)
-def test_updates_have_the_reference_bits(isa, numel, grad_dtype, update, expected_states, assert_same_bits):
-    start, after = expected_states(update, numel, grad_dtype)
+def test_updates_have_the_reference_bits(isa, numel, grad_dtype, case, expected_states, assert_same_bits):
+    start, after = expected_states(case, numel, grad_dtype)
     state = clone(start)
     for (step, grad_scale, weight_decay), expected in zip(STEPS, after, strict=True):
-        getattr(cpu, update)(*state.values(), scalars_of(step, weight_decay), grad_scale, threads=2)
+        case.apply(cpu, state, case.scalars(step, weight_decay), grad_scale, threads=2)
         for name in state:
             assert_same_bits(state[name], expected[name], f"step {step} {name}")
 
 
 def test_edges_of_8bit_moments_have_the_reference_bits(isa, make_8bit_edges, assert_same_bits):
+    case = BY_NAME["adamw_8bit-fp32"]
     for ours, scalars in make_8bit_edges():
         theirs = clone(ours)
-        cpu.adamw_fp32_8bit_(*ours.values(), scalars)
-        reference.adamw_fp32_8bit_(*theirs.values(), scalars)
+        case.apply(cpu, ours, scalars)
+        case.apply(reference, theirs, scalars)
         for name in ours:
             assert_same_bits(ours[name], theirs[name], name)
 
 
-@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
-def test_many_steps_on_8bit_moments_have_the_reference_bits(isa, update, start_of, assert_same_bits):
+@pytest.mark.parametrize("case", CASES_8BIT, ids=str)
+def test_many_steps_on_8bit_moments_have_the_reference_bits(isa, case, start_of, assert_same_bits):
     """What one step stores the next one reads, and gradients change by decades between steps."""
-    ours = start_of(update, 5000, torch.bfloat16, seed=3, gentle=True)
-    for name in CODES:
+    ours = start_of(case, 5000, torch.bfloat16, seed=3, gentle=True)
+    for name in case.rule.formats[case.kernel]:
         ours[name].zero_()
     theirs = clone(ours)
     generator = torch.Generator().manual_seed(1)
@@ -105,8 +67,8 @@ def test_many_steps_on_8bit_moments_have_the_reference_bits(isa, update, start_o
         grad = torch.randn(5000, generator=generator) * torch.randn(5000, generator=generator).exp()
         grad[(torch.arange(5000) // 500) == step % 10] = 0.0
         ours["grad"] = theirs["grad"] = grad.bfloat16()
-        getattr(cpu, update)(*ours.values(), scalars_of(step, 0.1), threads=2)
-        getattr(reference, update)(*theirs.values(), scalars_of(step, 0.1))
+        case.apply(cpu, ours, case.scalars(step, 0.1), threads=2)
+        case.apply(reference, theirs, case.scalars(step, 0.1))
     for name in ours:
         assert_same_bits(ours[name], theirs[name], name)
     assert min(len(ours[name].unique()) for name in ("exp_avg", "exp_avg_sq")) > 150
@@ -115,8 +77,8 @@ def test_many_steps_on_8bit_moments_have_the_reference_bits(isa, update, start_o
 @pytest.mark.parametrize("numel", SIZES)
 def test_other_kernels_have_the_reference_bits(isa, numel, make_state, assert_same_bits):
     state = make_state(numel, torch.float32, seed=5)
-    hi, lo = cpu.split_master(state["param"], threads=2)
-    expected_hi, expected_lo = reference.split_master(state["param"])
+    hi, lo = cpu.split_master(state["weight"], threads=2)
+    expected_hi, expected_lo = reference.split_master(state["weight"])
     assert_same_bits(hi, expected_hi, "hi")
     assert_same_bits(lo, expected_lo, "lo")
     assert_same_bits(cpu.join_master(hi, lo, threads=2), reference.join_master(hi, lo), "joined")
@@ -148,41 +110,38 @@ def test_sum_of_squares_of_several_levels(isa):
     assert cpu.sum_of_squares(x) == reference.sum_of_squares(x)
 
 
-@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
-def test_unaligned_buffers(isa, update, start_of, assert_same_bits):
-    scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_unaligned_buffers(isa, case, start_of, assert_same_bits):
     # 2049 elements have 17 scales, 2048 have 16: cutting off one of each leaves operands that fit.
-    state = start_of(update, 2049)
+    state = start_of(case, 2049)
     ours = {name: tensor[1:].view(-1) for name, tensor in clone(state).items()}
     theirs = {name: tensor[1:].clone() for name, tensor in state.items()}
-    getattr(cpu, update)(*ours.values(), scalars)
-    getattr(reference, update)(*theirs.values(), scalars)
+    case.apply(cpu, ours, case.scalars(1, 0.0))
+    case.apply(reference, theirs, case.scalars(1, 0.0))
     for name in ours:
         assert_same_bits(ours[name], theirs[name], name)
 
 
-@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
 @pytest.mark.parametrize("numel", [1037, 1152])
-def test_nothing_beyond_the_end_is_written(isa, update, numel, start_of):
-    scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    state = start_of(update, 1500, gentle=True)
+def test_nothing_beyond_the_end_is_written(isa, case, numel, start_of):
+    state = start_of(case, 1500, gentle=True)
     before = clone(state)
     ends = {name: -(-numel // 128) if name.endswith("_scale") else numel for name in state}
-    getattr(cpu, update)(*(tensor[: ends[name]] for name, tensor in state.items()), scalars)
+    case.apply(cpu, {name: tensor[: ends[name]] for name, tensor in state.items()}, case.scalars(1, 0.0))
     for name, end in ends.items():
         assert torch.equal(state[name][end:], before[name][end:]), name
         if name not in ("grad", "lo"):
             assert not torch.equal(state[name][:end], before[name][:end]), name
 
 
-@pytest.mark.parametrize("update", ["adamw_split_", "adamw_split_8bit_"])
-def test_number_of_threads_does_not_change_bits(update, start_of, assert_same_bits):
-    scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=4)
-    start = start_of(update, 300_007)
+@pytest.mark.parametrize("case", SPLIT_CASES, ids=str)
+def test_number_of_threads_does_not_change_bits(case, start_of, assert_same_bits):
+    start = start_of(case, 300_007)
     results = []
     for threads in (1, 2, 3, 7, 16):
         state = clone(start)
-        getattr(cpu, update)(*state.values(), scalars, 0.5, threads=threads)
+        case.apply(cpu, state, case.scalars(4, 0.1), 0.5, threads=threads)
         results.append((state, cpu.sum_of_squares(state["grad"][6000:], threads=threads)))
     for state, norm in results[1:]:
         assert norm == results[0][1]
@@ -190,32 +149,40 @@ def test_number_of_threads_does_not_change_bits(update, start_of, assert_same_bi
             assert_same_bits(state[name], results[0][0][name], name)
 
 
+def small_state(case: Case) -> State:
+    """Make operands whose update has denormal numbers before, in between and after."""
+    weight = torch.full((300,), 1e-40)
+    grad = weight.clone()
+    moments = torch.full((2, 300), 1e-40)
+    codes = (moments[0], torch.zeros(3), moments[1], torch.zeros(3))
+    if case.is_8bit:  # denormal second moments by way of a small scale
+        grad = torch.full((300,), 2.0**-66).bfloat16()
+        codes = reference.quantize_moments(*torch.full((2, 300), 2.0**-66))
+    names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    return case.select({"weight": weight, "grad": grad, **dict(zip(names, codes, strict=True))})
+
+
 def test_flush_to_zero_of_the_caller_does_not_matter(isa, assert_same_bits):
     """torch.set_flush_denormal sets the mode of the calling thread; it must be as before afterwards."""
-    scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    state = [torch.full((40,), 1e-40) for _ in range(4)]
-    expected = [tensor.clone() for tensor in state]
-    reference.adamw_fp32_(*expected, scalars)
-    assert (expected[2] > 0).all() and (expected[2] < 1e-39).all()
-    # Denormal parameters and, through a small scale, denormal second moments.
-    small = {
-        "param": torch.full((300,), 1e-40),
-        "grad": torch.full((300,), 2.0**-66).bfloat16(),
-        **dict(zip(CODES, reference.quantize_moments(*torch.full((2, 300), 2.0**-66)), strict=True)),
-    }
-    expected_small = clone(small)
-    reference.adamw_fp32_8bit_(*expected_small.values(), scalars)
+    cases = [case for case in CASES if not case.is_split]
+    states = [small_state(case) for case in cases]
+    expected = [clone(state) for state in states]
+    for case, state in zip(cases, expected, strict=True):
+        case.apply(reference, state, case.scalars(1, 0.0))
+        if not case.is_8bit:
+            assert (state["exp_avg"] > 0).all() and (state["exp_avg"] < 1e-39).all()
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU does not flush denormals")
     try:
-        cpu.adamw_fp32_(*state, scalars)
-        cpu.adamw_fp32_8bit_(*small.values(), scalars)
+        for case, state in zip(cases, states, strict=True):
+            case.apply(cpu, state, case.scalars(1, 0.0))
         still_flushed = (torch.tensor([1e-40]) * 1.0).item() == 0.0
     finally:
         torch.set_flush_denormal(False)
     assert still_flushed
-    for actual, wanted in zip([*state, *small.values()], [*expected, *expected_small.values()], strict=True):
-        assert_same_bits(actual, wanted)
+    for case, state, wanted in zip(cases, states, expected, strict=True):
+        for name in state:
+            assert_same_bits(state[name], wanted[name], f"{case} {name}")
 
 
 def test_the_gil_is_released(make_state):
@@ -246,71 +213,89 @@ def test_the_gil_is_released(make_state):
 def test_in_place_writes_are_seen_by_autograd():
     weight = torch.nn.Parameter(torch.ones(4))
     loss = (weight * weight).sum()
-    state = torch.zeros(4), torch.zeros(4)
     scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    cpu.adamw_fp32_(weight, torch.ones(4), *state, scalars)
+    moments = {"exp_avg": torch.zeros(4), "exp_avg_sq": torch.zeros(4)}
+    cpu.adamw_((weight,), torch.ones(4), moments, scalars)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
-def test_all_that_an_8bit_update_writes_is_marked_as_written(update, start_of):
-    state = start_of(update, 200, gentle=True)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_that_an_update_writes_is_marked_as_written(case, start_of):
+    state = start_of(case, 200, gentle=True)
     versions = {name: tensor._version for name, tensor in state.items()}
-    getattr(cpu, update)(*state.values(), scalars_of(1, 0.0))
+    case.apply(cpu, state, case.scalars(1, 0.0))
     written = {name for name, tensor in state.items() if tensor._version > versions[name]}
     assert written == set(state) - {"grad"}
 
 
-@pytest.mark.parametrize("update", ["adamw_fp32_8bit_", "adamw_split_8bit_"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("module", [cpu, reference])
-def test_bad_8bit_arguments_are_refused_with_numbers(module, update, start_of):
-    good = start_of(update, 300, gentle=True)
-    for name, bad, message in (
-        ("exp_avg", torch.zeros(300), "exp_avg has dtype torch.float32, wanted torch.int8"),
-        ("exp_avg", good["exp_avg_sq"], "exp_avg has dtype torch.uint8, wanted torch.int8"),
-        ("exp_avg_sq", good["exp_avg"], "exp_avg_sq has dtype torch.int8, wanted torch.uint8"),
-        ("exp_avg_sq", good["exp_avg_sq"][:299], "exp_avg_sq has 299 elements, .* has 300"),
-        ("exp_avg_scale", torch.zeros(300), "exp_avg_sq_scale has 3 elements, exp_avg_scale has 300"),
-        ("exp_avg_sq_scale", torch.zeros(2), "exp_avg_sq_scale has 2 elements, exp_avg_scale has 3"),
-        ("exp_avg_scale", torch.zeros(3).bfloat16(), "exp_avg_scale has dtype torch.bfloat16"),
-        ("exp_avg_sq_scale", torch.zeros(6)[::2], "exp_avg_sq_scale is not contiguous"),
-        ("grad", good["grad"].half(), "grad has dtype torch.float16"),
+def test_bad_operands_of_updates_are_refused_with_numbers(module, case, start_of):
+    good = start_of(case, 300, gentle=True)
+    scalars = case.scalars(1, 0.0)
+    first = next(iter(good))
+    mistakes = [
+        ("grad", good["grad"].half(), "grad has dtype torch.float16, wanted torch.bfloat16 or torch.float32"),
+        ("grad", torch.zeros(600)[::2], "grad is not contiguous"),
+        ("grad", good["grad"][:299], f"grad has 299 elements, {first} has 300"),
+        ("grad", good["grad"].to("meta"), f"grad is on meta, {first} is on cpu"),
+        (first, good[first].double(), f"{first} has dtype torch.float64"),
+    ]
+    for name in case.rule.formats[case.kernel]:
+        if not name.endswith("_scale"):
+            mistakes += [
+                (name, good[name][:299], f"{name} has 299 elements, {first} has 300"),
+                (name, good[name].short(), f"{name} has dtype torch.int16, wanted {good[name].dtype}"),
+            ]
+    for name, bad, message in mistakes:
+        with pytest.raises(ValueError, match=f"{case.rule.name}: {message}"):
+            case.apply(module, {**good, name: bad}, scalars)
+    update = getattr(module, case.rule.name)
+    with pytest.raises(
+        ValueError, match=f"{case.rule.name}: masters are 3 tensors, wanted .weight,. or .hi, lo"
     ):
-        with pytest.raises(ValueError, match=f"{update}: {message}"):
-            getattr(module, update)(*{**good, name: bad}.values(), scalars_of(1, 0.0))
-    scales = {"exp_avg_scale": torch.zeros(4), "exp_avg_sq_scale": torch.zeros(4)}
-    with pytest.raises(ValueError, match="exp_avg_scale has 4 elements, 300 codes want 3"):
-        getattr(module, update)(*{**good, **scales}.values(), scalars_of(1, 0.0))
-    scales = {name: torch.zeros(3, device="meta") for name in scales}
-    with pytest.raises(ValueError, match="exp_avg_scale is on meta, exp_avg is on cpu"):
-        getattr(module, update)(*{**good, **scales}.values(), scalars_of(1, 0.0))
+        update([torch.zeros(300)] * 3, good["grad"], {}, scalars)
+    with pytest.raises(ValueError, match=f"{case.rule.name}: moments are velocity, wanted "):
+        update([torch.zeros(300)], good["grad"], {"velocity": torch.zeros(300)}, scalars)
+    with pytest.raises(
+        TypeError, match=f"{case.rule.name}: scalars are tuple, wanted {type(scalars).__name__}"
+    ):
+        case.apply(module, good, ())
+
+
+@pytest.mark.parametrize("case", CASES_8BIT, ids=str)
+@pytest.mark.parametrize("module", [cpu, reference])
+def test_bad_scales_are_refused_with_numbers(module, case, start_of):
+    good = start_of(case, 300, gentle=True)
+    zeros = {"exp_avg_scale": torch.zeros(3), "exp_avg_sq_scale": torch.zeros(3)}
+    for bad, message in (
+        ({"exp_avg_scale": torch.zeros(300)}, "exp_avg_sq_scale has 3 elements, exp_avg_scale has 300"),
+        ({"exp_avg_sq_scale": torch.zeros(2)}, "exp_avg_sq_scale has 2 elements, exp_avg_scale has 3"),
+        ({"exp_avg_scale": torch.zeros(3).bfloat16()}, "exp_avg_scale has dtype torch.bfloat16"),
+        ({"exp_avg_sq_scale": torch.zeros(6)[::2]}, "exp_avg_sq_scale is not contiguous"),
+        ({name: torch.zeros(4) for name in zeros}, "exp_avg_scale has 4 elements, 300 codes want 3"),
+        ({name: x.to("meta") for name, x in zeros.items()}, "exp_avg_scale is on meta, exp_avg is on cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"adamw_: {message}"):
+            case.apply(module, {**good, **bad}, case.scalars(1, 0.0))
 
 
 def test_bad_arguments_are_refused_with_numbers():
-    scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    param, grad, exp_avg, exp_avg_sq = (torch.zeros(6) for _ in range(4))
+    values, grad = torch.zeros(6), torch.zeros(6)
     for module in (cpu, reference):
-        with pytest.raises(ValueError, match="exp_avg has 5 elements, param has 6"):
-            module.adamw_fp32_(param, grad, exp_avg[:5], exp_avg_sq, scalars)
-        with pytest.raises(ValueError, match="grad has dtype torch.float16"):
-            module.adamw_fp32_(param, grad.half(), exp_avg, exp_avg_sq, scalars)
-        with pytest.raises(ValueError, match="not contiguous"):
-            module.adamw_fp32_(param, torch.zeros(12)[::2], exp_avg, exp_avg_sq, scalars)
-        with pytest.raises(ValueError, match="grad is on meta, param is on cpu"):
-            module.adamw_fp32_(param, grad.to("meta"), exp_avg, exp_avg_sq, scalars)
         with pytest.raises(ValueError, match="out hi has 5 elements, fp32 has 6"):
-            module.split_master(param, out=(torch.zeros(5).bfloat16(), torch.zeros(6).short()))
+            module.split_master(values, out=(torch.zeros(5).bfloat16(), torch.zeros(6).short()))
         with pytest.raises(ValueError, match="lo has 5 elements, hi has 6"):
             module.join_master(torch.zeros(6).bfloat16(), torch.zeros(5).short())
         with pytest.raises(ValueError, match="x has dtype torch.float64"):
-            module.sum_of_squares(param.double())
+            module.sum_of_squares(values.double())
         with pytest.raises(ValueError, match="acc has dtype torch.bfloat16"):
-            module.accumulate_(param.bfloat16(), grad)
+            module.accumulate_(values.bfloat16(), grad)
     with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
-        cpu.accumulate_(param, grad, threads=0)
+        cpu.accumulate_(values, grad, threads=0)
     with pytest.raises(ValueError, match="wanted cpu"):
-        cpu.sum_of_squares(param.to("meta"))
+        cpu.sum_of_squares(values.to("meta"))
 
 
 def test_unknown_isa_is_refused(monkeypatch):

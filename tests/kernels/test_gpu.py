@@ -48,7 +48,7 @@ def test_nvidia_code_is_exact_and_loads_wide(assembly, arch):
     assert fma == 4 * update.count("div.rn.f32 ")
     assert update.count("ld.global.v4.b32") >= 7, "loads are not 16 bytes wide"
     assert "fma.rn.f64" not in kernels["row_sums_bf16"]
-    update = kernels["adamw_split_8bit_bf16"]
+    update = kernels["adamw_8bit_split_bf16"]
     # Three square roots for the four fma of an element; NaN are never converted to integers.
     fma = update.count("fma.rn.f32 ") + 2 * update.count("fma.rn.f32x2 ")
     assert 3 * fma == 4 * update.count("sqrt.rn.f32 ") > 0

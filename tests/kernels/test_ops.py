@@ -4,7 +4,9 @@ import pytest
 import slideformer_kernels as kernels
 import torch
 from slideformer_kernels import build, cpu, ops, reference
+from update_cases import BY_NAME, CASES, CODES, moments_of
 
+NAMES = dict.fromkeys(case.name for case in CASES)
 SCALARS = kernels.adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=1)
 
 
@@ -24,7 +26,7 @@ def backend(request, monkeypatch):
 
     for name in kernels.__all__:
         # What only the reference has runs there on every device.
-        if hasattr(cpu, name) and hasattr(reference, name) and name != "AdamWScalars":
+        if hasattr(cpu, name) and hasattr(reference, name) and name.islower():
             monkeypatch.setattr(forbidden, name, fail)
     return request.param
 
@@ -33,45 +35,50 @@ def test_all_operations_run_on_cpu_tensors(backend):
     values = torch.randn(100, generator=torch.Generator().manual_seed(0))
     hi, lo = kernels.split_master(values, threads=1)
     assert torch.equal(kernels.join_master(hi, lo, threads=1), values)
-    moments = [torch.zeros(100) for _ in range(4)]
-    kernels.adamw_split_(hi, lo, values.bfloat16(), *moments[:2], SCALARS, torch.tensor([0.5]), threads=1)
-    param = values.clone()
-    kernels.adamw_fp32_(param, values.bfloat16(), *moments[2:], SCALARS, 0.5, threads=1)
-    assert torch.equal(kernels.join_master(hi, lo), param)
-    assert not torch.equal(param, values)
-    kernels.accumulate_(param, values, threads=1)
-    assert isinstance(kernels.sum_of_squares(param, threads=1), float)
+    kernels.accumulate_(values, torch.ones(100), threads=1)
+    assert isinstance(kernels.sum_of_squares(values, threads=1), float)
 
 
-def test_8bit_updates_run_on_cpu_tensors(backend):
+@pytest.fixture(params=NAMES)
+def pair(request, start_of):
+    """Make equal operands for one update of a split master and of an fp32 one."""
+    cases = BY_NAME[f"{request.param}-split"], BY_NAME[f"{request.param}-fp32"]
+    return [(case, start_of(case, 300, gentle=True)) for case in cases]
+
+
+# The operands come first: making them takes what the other fixture forbids.
+def test_updates_run_on_cpu_tensors(pair, backend):
+    (split, ours), (fp32, theirs) = pair
+    before = theirs["weight"].clone()
+    split.apply(kernels, ours, split.scalars(1, 0.1), torch.tensor([0.5]), threads=1)
+    fp32.apply(kernels, theirs, fp32.scalars(1, 0.1), 0.5, threads=1)
+    assert torch.equal(kernels.join_master(ours["hi"], ours["lo"]), theirs["weight"])
+    assert not torch.equal(theirs["weight"], before)
+    for name in fp32.rule.formats[fp32.kernel]:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_new_8bit_moments_take_in_the_gradient(backend):
     values = torch.randn(10, 30, generator=torch.Generator().manual_seed(0))
-    param, (hi, lo) = values.clone(), kernels.split_master(values)
-    codes = kernels.quantize_moments(torch.zeros(10, 30), torch.zeros(10, 30))
-    assert not any(tensor.any() for tensor in codes)
-    others = [tensor.clone() for tensor in codes]
-    kernels.adamw_fp32_8bit_(param, values.bfloat16(), *codes, SCALARS, torch.tensor([0.5]), threads=1)
-    kernels.adamw_split_8bit_(hi, lo, values.bfloat16(), *others, SCALARS, 0.5, threads=1)
-    assert torch.equal(kernels.join_master(hi, lo), param)
-    assert not torch.equal(param, values)
-    assert all(tensor.any() for tensor in codes)
-    for ours, theirs in zip(codes, others, strict=True):
-        assert torch.equal(ours, theirs)
-    exp_avg, exp_avg_sq = kernels.dequantize_moments(*codes)
+    codes = dict(zip(CODES, kernels.quantize_moments(torch.zeros(10, 30), torch.zeros(10, 30)), strict=True))
+    assert not any(tensor.any() for tensor in codes.values())
+    kernels.adamw_((values.clone(),), values.bfloat16(), codes, SCALARS, 0.5)
+    exp_avg, exp_avg_sq = kernels.dequantize_moments(*codes.values())
     torch.testing.assert_close(exp_avg, 0.05 * values.bfloat16().float(), rtol=0.1, atol=1e-3)
     torch.testing.assert_close(exp_avg_sq, 10 * exp_avg**2 / 100, rtol=0.2, atol=1e-6)
 
 
 def test_a_scale_on_another_device_is_refused():
-    param, *moments = (torch.ones(4) for _ in range(3))
+    operands = (torch.ones(4),), torch.ones(4), moments_of(4), SCALARS
     with pytest.raises(ValueError, match="meta"):
-        kernels.adamw_fp32_(param, torch.ones(4), *moments, SCALARS, torch.ones(1, device="meta"))
+        kernels.adamw_(*operands, torch.ones(1, device="meta"))
     with pytest.raises(ValueError, match="2 elements"):
-        kernels.adamw_fp32_(param, torch.ones(4), *moments, SCALARS, torch.ones(2))
+        kernels.adamw_(*operands, torch.ones(2))
 
 
 def test_every_public_function_is_exported():
-    for name in ("adamw_split_", "adamw_fp32_", "split_master", "join_master", "accumulate_"):
-        assert getattr(kernels, name) is getattr(ops, name)
-    for name in ("adamw_split_8bit_", "adamw_fp32_8bit_", "quantize_moments", "dequantize_moments"):
-        assert getattr(kernels, name) is getattr(ops, name)
+    for name in kernels.__all__:
+        if name.endswith(("_", "_master", "_moments", "_squares")):
+            assert getattr(kernels, name) is getattr(ops, name)
+    assert {case.rule.name for case in CASES} <= set(kernels.__all__)
     assert kernels.MOMENT_BLOCK_NUMEL == 128

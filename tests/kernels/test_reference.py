@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from slideformer_kernels import (
-    adamw_fp32_,
-    adamw_fp32_8bit_,
+    adamw_,
     adamw_scalars,
     dequantize_moments,
     quantize_moments,
     reference,
 )
+from update_cases import BY_NAME, CASES, CODES, clone, codes_of, moments_of
 
 SCALARS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
 
@@ -110,8 +110,8 @@ def test_update_is_the_documented_sequence_of_roundings(make_state):
     scalars = adamw_scalars(**SCALARS, step=3)
     scale = np.float32(0.37)
 
-    expected = {"param": [], "exp_avg": [], "exp_avg_sq": []}
-    columns = [state[k].float().tolist() for k in ("param", "grad", "exp_avg", "exp_avg_sq")]
+    expected = {"weight": [], "exp_avg": [], "exp_avg_sq": []}
+    columns = [state[k].float().tolist() for k in ("weight", "grad", "exp_avg", "exp_avg_sq")]
     for p, g, m, v in (map(Fraction, row) for row in zip(*columns, strict=True)):
         g = fp32(g * Fraction(float(scale)))
         m = fp32(Fraction(scalars.one_minus_beta1) * fp32(g - m) + m)
@@ -119,9 +119,9 @@ def test_update_is_the_documented_sequence_of_roundings(make_state):
         root = Fraction(float(exact_sqrt(float(v))))
         d = fp32(root * Fraction(scalars.inv_bias_correction2_sqrt) + Fraction(scalars.eps))
         p = fp32(p * Fraction(scalars.decay) + fp32(-Fraction(scalars.step_size) * fp32(m / d)))
-        for name, value in (("param", p), ("exp_avg", m), ("exp_avg_sq", v)):
+        for name, value in (("weight", p), ("exp_avg", m), ("exp_avg_sq", v)):
             expected[name].append(float(value))
-    reference.adamw_fp32_(*state.values(), scalars, float(scale))
+    BY_NAME["adamw-fp32"].apply(reference, state, scalars, float(scale))
     for name, values in expected.items():
         assert state[name].tolist() == values, name
 
@@ -131,10 +131,11 @@ def test_a_decayed_weight_is_rounded_once():
     generator = torch.Generator().manual_seed(4)
     start, grad = 1 + torch.rand(400, generator=generator), torch.randn(400, generator=generator)
     scalars = adamw_scalars(lr=1e-4, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=1)
-    param, exp_avg, exp_avg_sq = start.clone(), torch.zeros(400), torch.zeros(400)
-    reference.adamw_fp32_(param, grad, exp_avg, exp_avg_sq, scalars)
-    root = exp_avg_sq.double().sqrt() * scalars.inv_bias_correction2_sqrt + scalars.eps
-    exact = start.double() * scalars.decay - scalars.step_size * exp_avg.double() / root
+    param, moments = start.clone(), moments_of(400)
+    reference.adamw_((param,), grad, moments, scalars)
+    exp_avg, exp_avg_sq = (moment.double() for moment in moments.values())
+    root = exp_avg_sq.sqrt() * scalars.inv_bias_correction2_sqrt + scalars.eps
+    exact = start.double() * scalars.decay - scalars.step_size * exp_avg / root
     half_a_unit = 2.0**-24  # of weights between 1 and 2
     assert (param.double() - exact).abs().max() <= 1.001 * half_a_unit
 
@@ -147,9 +148,8 @@ def test_update_agrees_with_torch_adamw(weight_decay):
     optimizer = torch.optim.AdamW(
         [theirs], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay, foreach=False
     )
-    ours, exp_avg, exp_avg_sq = start.clone(), torch.zeros(5000), torch.zeros(5000)
-    hi, lo = reference.split_master(start)
-    split_exp_avg, split_exp_avg_sq = torch.zeros(5000), torch.zeros(5000)
+    ours, moments = start.clone(), moments_of(5000)
+    (hi, lo), split_moments = reference.split_master(start), moments_of(5000)
     for step in range(1, 11):
         grad = torch.randn(5000, generator=generator)
         theirs.grad = grad.clone()
@@ -157,13 +157,13 @@ def test_update_agrees_with_torch_adamw(weight_decay):
         scalars = adamw_scalars(
             lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=weight_decay, step=step
         )
-        reference.adamw_fp32_(ours, grad, exp_avg, exp_avg_sq, scalars)
-        reference.adamw_split_(hi, lo, grad, split_exp_avg, split_exp_avg_sq, scalars)
+        reference.adamw_((ours,), grad, moments, scalars)
+        reference.adamw_((hi, lo), grad, split_moments, scalars)
     state = optimizer.state[theirs]
     # A few roundings of values near 1 in each of ten steps; a wrong bias correction is off by 1e-3 or more.
     torch.testing.assert_close(ours, theirs.detach(), rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(exp_avg, state["exp_avg"], rtol=2e-6, atol=1e-7)
-    torch.testing.assert_close(exp_avg_sq, state["exp_avg_sq"], rtol=2e-6, atol=1e-9)
+    torch.testing.assert_close(moments["exp_avg"], state["exp_avg"], rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(moments["exp_avg_sq"], state["exp_avg_sq"], rtol=2e-6, atol=1e-9)
     assert torch.equal(reference.join_master(hi, lo), ours)
 
 
@@ -204,7 +204,8 @@ def test_8bit_moments_are_the_documented_sequence_of_roundings(make_state):
 def test_the_edges_of_8bit_moments_are_met(make_8bit_edges):
     """Ties go to the even root where that decides about the code; the smallest scale is kept, the one below not."""
     (state, scalars), (short, short_scalars) = make_8bit_edges()
-    reference.adamw_fp32_8bit_(*state.values(), scalars)
+    case = BY_NAME["adamw_8bit-fp32"]
+    case.apply(reference, state, scalars)
     for block, name in enumerate(("exp_avg", "exp_avg_sq", "exp_avg_sq")):
         x = state["grad"][128 * block : 128 * block + 127].abs()
         root, low_bits = 1024 * x.double().sqrt().float(), x.view(torch.int32) & 1023
@@ -215,27 +216,26 @@ def test_the_edges_of_8bit_moments_are_met(make_8bit_edges):
         assert torch.equal(state[name][128 * block : 128 * block + 127].int().abs(), even)
     assert state["exp_avg_scale"].tolist() == [127.0**2, 255.0**2, 255.0**2, 2.0**-90, 0.0]
     assert state["exp_avg_sq_scale"].tolist()[:3] == [127.0**2, 255.0**2, 255.0**2]
-    reference.adamw_fp32_8bit_(*short.values(), short_scalars)
+    case.apply(reference, short, short_scalars)
     assert short["exp_avg_sq_scale"][1] == math.inf and short["exp_avg_sq_scale"][0].isfinite()
 
 
 def test_an_8bit_step_is_an_fp32_step_between_reading_and_storing(make_8bit_state, assert_same_bits):
+    fp32, split = BY_NAME["adamw_8bit-fp32"], BY_NAME["adamw_8bit-split"]
     for gentle in (True, False):
         state = make_8bit_state(3000, torch.bfloat16, seed=2, gentle=gentle)
-        param, grad, *codes = (tensor.clone() for tensor in state.values())
-        moments = dequantize_moments(*codes)
         scalars = adamw_scalars(**SCALARS, step=7)
-        reference.adamw_fp32_(param, grad, *moments, scalars, 0.7)
-        hi, lo = reference.split_master(state["param"])
-        split_codes = [tensor.clone() for tensor in codes]
-        reference.adamw_split_8bit_(hi, lo, grad, *split_codes, scalars, 0.7)
-        reference.adamw_fp32_8bit_(*state.values(), scalars, 0.7)
-        assert_same_bits(state["param"], param, "param")
-        assert_same_bits(reference.join_master(hi, lo), param, "split master")
-        names = list(state)[2:]
-        for name, stored, split in zip(names, quantize_moments(*moments), split_codes, strict=True):
+        weight, grad = state["weight"].clone(), state["grad"]
+        moments = dequantize_moments(*(state[name] for name in CODES))
+        reference.adamw_((weight,), grad, moments_of(*moments), scalars, 0.7)
+        split_state = clone(split.select(state))
+        split.apply(reference, split_state, scalars, 0.7)
+        fp32.apply(reference, state, scalars, 0.7)
+        assert_same_bits(state["weight"], weight, "weight")
+        assert_same_bits(reference.join_master(split_state["hi"], split_state["lo"]), weight, "split master")
+        for name, stored in zip(CODES, quantize_moments(*moments), strict=True):
             assert_same_bits(state[name], stored, name)
-            assert_same_bits(split, stored, f"{name} with a split master")
+            assert_same_bits(split_state[name], stored, f"{name} with a split master")
 
 
 def blocks_of(numel: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -291,11 +291,11 @@ def test_no_denominator_is_lost():
     # A gradient that vanishes beside large ones: the next steps stay within Adam's own bound.
     param, grad = torch.zeros(128), torch.ones(128)
     grad[0] = 1e-9
-    codes = quantize_moments(torch.zeros(128), torch.zeros(128))
+    codes = codes_of(128)
     for step in range(1, 4):
         before = param.clone()
         scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-20, weight_decay=0.0, step=step)
-        reference.adamw_fp32_8bit_(param, grad, *codes, scalars)
+        reference.adamw_((param,), grad, codes, scalars)
         assert ((param - before).abs() <= 1.1e-3).all()
 
 
@@ -322,15 +322,14 @@ def take_step(assert_same_bits):
     """
 
     def step(theirs, moments, ours, codes, their_grad, our_grad, number, scalars):
-        operands = [theirs, their_grad, *moments], [ours, our_grad, *codes]
-        expected = [[x.clone() for x in one] for one in operands] if number % 50 == 1 else None
-        adamw_fp32_(*operands[0], scalars, threads=1)
-        adamw_fp32_8bit_(*operands[1], scalars, threads=1)
-        if expected is not None:
-            reference.adamw_fp32_(*expected[0], scalars)
-            reference.adamw_fp32_8bit_(*expected[1], scalars)
-            for x, y in zip(sum(operands, []), sum(expected, []), strict=True):
-                assert_same_bits(x, y, f"step {number}")
+        for param, grad, state in ((theirs, their_grad, moments), (ours, our_grad, codes)):
+            expected, expected_state = param.clone(), clone(state)
+            adamw_((param,), grad, state, scalars, threads=1)
+            if number % 50 == 1:
+                reference.adamw_((expected,), grad, expected_state, scalars)
+                assert_same_bits(param, expected, f"step {number}")
+                for name in state:
+                    assert_same_bits(state[name], expected_state[name], f"step {number} {name}")
 
     return step
 
@@ -343,15 +342,14 @@ def test_second_moments_fall_and_rise_beside_their_neighbours(take_step):
     """
     generator = torch.Generator().manual_seed(0)
     param, theirs = torch.zeros(2048), torch.zeros(2048)
-    moments = torch.zeros(2048), torch.zeros(2048)
-    codes = quantize_moments(*moments)
+    moments, codes = moments_of(2048), codes_of(2048)
     for step in range(1, 701):
         grad = torch.randn(2048, generator=generator)
         if step > 300:
             grad.view(-1, 128)[:, :64] *= 0.1
         scalars = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, step=step)
         take_step(theirs, moments, param, codes, grad, grad, step, scalars)
-    ratio = (dequantize_moments(*codes)[1] / moments[1]).sqrt().view(-1, 128)
+    ratio = (dequantize_moments(*codes.values())[1] / moments["exp_avg_sq"]).sqrt().view(-1, 128)
     assert ratio[:, :64].mean().item() == pytest.approx(1.0, abs=0.05)
     assert ratio[:, 64:].mean().item() == pytest.approx(1.0, abs=0.02)
 
@@ -396,21 +394,21 @@ def test_zero_moments_and_tiny_scales():
 def test_one_gradient_that_is_not_finite_poisons_its_block_only(bad):
     grad, param = torch.ones(400), torch.zeros(400)
     grad[130] = bad
-    codes = quantize_moments(torch.zeros(400), torch.zeros(400))
-    reference.adamw_fp32_8bit_(param, grad, *codes, adamw_scalars(**SCALARS, step=1))
+    codes = codes_of(400)
+    reference.adamw_((param,), grad, codes, adamw_scalars(**SCALARS, step=1))
     # This step's parameters follow the exact moments: one of them is lost.
     assert param.isnan().nonzero().flatten().tolist() == [130]
-    codes_m, scale_m, codes_v, scale_v = codes
+    codes_m, scale_m, codes_v, scale_v = codes.values()
     nan_bits, inf_bits = 0x7FC00000, 0x7F800000
     expected = (nan_bits, nan_bits) if math.isnan(bad) else (inf_bits, inf_bits)
     assert (scale_m.view(torch.int32)[1].item(), scale_v.view(torch.int32)[1].item()) == expected
     assert not codes_m[128:256].any() and not codes_v[128:256].any()
     is_bad = torch.zeros(400, dtype=torch.bool)
     is_bad[128:256] = True
-    for read in dequantize_moments(*codes):
+    for read in dequantize_moments(*codes.values()):
         assert torch.equal(read.isnan(), is_bad)
         assert (read.view(torch.int32)[is_bad] == nan_bits).all()
-    reference.adamw_fp32_8bit_(param, torch.ones(400), *codes, adamw_scalars(**SCALARS, step=2))
+    reference.adamw_((param,), torch.ones(400), codes, adamw_scalars(**SCALARS, step=2))
     assert torch.equal(param.isnan(), is_bad)
     assert scale_m.isnan().tolist() == scale_v.isnan().tolist() == [False, True, False, False]
 
@@ -426,8 +424,7 @@ def test_8bit_moments_follow_the_trajectory_of_fp32_moments(beta2, take_step):
     curvature, noise = torch.randn(2, 1000, generator=generator).exp()
     target = torch.randn(1000, generator=generator)
     ours, theirs = torch.zeros(1000), torch.zeros(1000)
-    moments = torch.zeros(1000), torch.zeros(1000)
-    codes = quantize_moments(*moments)
+    moments, codes = moments_of(1000), codes_of(1000)
 
     def loss(x: torch.Tensor) -> float:
         return (curvature * (x - target).square()).sum().item() / 2
@@ -470,13 +467,13 @@ def test_split_master_rounds_half_up_in_magnitude():
 def test_update_nan_becomes_the_one_nan():
     hi, lo = reference.split_master(torch.ones(4))
     grad = torch.tensor([math.nan, math.inf, 1.0, -math.inf])
-    exp_avg, exp_avg_sq = torch.zeros(4), torch.zeros(4)
-    reference.adamw_split_(hi, lo, grad, exp_avg, exp_avg_sq, adamw_scalars(**SCALARS, step=1))
+    moments = moments_of(4)
+    reference.adamw_((hi, lo), grad, moments, adamw_scalars(**SCALARS, step=1))
     assert hi.isnan().tolist() == [True, True, False, True]
     assert [hi.view(torch.int16)[i].item() for i in (0, 1, 3)] == [0x7FC0] * 3
     assert [lo[i].item() for i in (0, 1, 3)] == [0] * 3
-    assert exp_avg.view(torch.int32)[0].item() == 0x7FC00000
-    assert exp_avg_sq.tolist()[1] == math.inf
+    assert moments["exp_avg"].view(torch.int32)[0].item() == 0x7FC00000
+    assert moments["exp_avg_sq"].tolist()[1] == math.inf
 
 
 @pytest.mark.parametrize("numel", [0, 1, 31, 1023, 1024, 1025, 100003])
@@ -514,31 +511,28 @@ def test_accumulate_adds_in_fp32():
     assert acc.view(torch.int32)[2].item() == 0x7FC00000
 
 
-def test_chunks_do_not_change_the_result(make_state, assert_same_bits, monkeypatch):
-    scalars = adamw_scalars(**SCALARS, step=2)
-    whole, cut = make_state(5003, torch.float32), make_state(5003, torch.float32)
-    reference.adamw_fp32_(*whole.values(), scalars)
-    total = reference.sum_of_squares(whole["param"][256:1024])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_do_not_change_an_update(case, start_of, assert_same_bits, monkeypatch):
+    whole, cut = start_of(case, 5003, torch.float32), start_of(case, 5003, torch.float32)
+    case.apply(reference, whole, case.scalars(2, 0.1))
     monkeypatch.setattr(reference, "CHUNK_NUMEL", 1024)
-    reference.adamw_fp32_(*cut.values(), scalars)
+    case.apply(reference, cut, case.scalars(2, 0.1))
     for name in whole:
         assert_same_bits(cut[name], whole[name], name)
-    assert reference.sum_of_squares(whole["param"][256:1024]) == pytest.approx(total, nan_ok=True)
 
 
-def test_chunks_do_not_change_8bit_moments(make_8bit_state, make_state, assert_same_bits, monkeypatch):
-    scalars = adamw_scalars(**SCALARS, step=2)
-    whole, cut = make_8bit_state(5003, torch.float32), make_8bit_state(5003, torch.float32)
-    moments = [make_state(5003, torch.float32)[name] for name in ("exp_avg", "exp_avg_sq")]
-    codes = quantize_moments(*moments)
-    read = dequantize_moments(*codes)
-    reference.adamw_fp32_8bit_(*whole.values(), scalars)
+def test_chunks_do_not_change_conversions_and_sums(make_state, assert_same_bits, monkeypatch):
+    state = make_state(5003, torch.float32)
+
+    def results() -> list[torch.Tensor]:
+        codes = quantize_moments(state["exp_avg"], state["exp_avg_sq"])
+        total = reference.sum_of_squares(state["weight"][256:1024])
+        return [*codes, *dequantize_moments(*codes), torch.tensor(total)]
+
+    whole = results()
     monkeypatch.setattr(reference, "CHUNK_NUMEL", 1024)
-    reference.adamw_fp32_8bit_(*cut.values(), scalars)
-    for name in whole:
-        assert_same_bits(cut[name], whole[name], name)
-    for a, b in zip((*quantize_moments(*moments), *dequantize_moments(*codes)), (*codes, *read), strict=True):
-        assert_same_bits(a, b)
+    for actual, expected in zip(results(), whole, strict=True):
+        assert_same_bits(actual, expected)
 
 
 def test_bad_moments_are_refused_with_numbers():
@@ -559,6 +553,5 @@ def test_bad_moments_are_refused_with_numbers():
 
 def test_a_parameter_that_requires_grad_is_updated():
     param = torch.nn.Parameter(torch.ones(3))
-    state = torch.zeros(3), torch.zeros(3)
-    reference.adamw_fp32_(param, torch.ones(3), *state, adamw_scalars(**SCALARS, step=1))
+    reference.adamw_((param,), torch.ones(3), moments_of(3), adamw_scalars(**SCALARS, step=1))
     assert (param < 1).all() and param.grad_fn is None

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from slideformer_kernels import reference
+from slideformer_kernels.rules import ADAMW
 from slideformer_kernels.scalars import adamw_scalars
 from transformers import PreTrainedModel
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
+MOMENT_FORMATS = {"fp32": "adamw", "8bit": "adamw_8bit"}
 
 Batch = dict[str, torch.Tensor]
 
@@ -79,13 +81,13 @@ def train(
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data, _ = reference.split_master(parameter.detach().float())
-    update = {"fp32": reference.adamw_split_, "8bit": reference.adamw_split_8bit_}[optimizer_states]
     residuals, moments = {}, {}
     for name, parameter in parameters.items():
         hi, residuals[name] = reference.split_master(parameter.detach().float())
         parameter.data = hi
         zeros = torch.zeros_like(hi, dtype=torch.float32), torch.zeros_like(hi, dtype=torch.float32)
-        moments[name] = zeros if optimizer_states == "fp32" else reference.quantize_moments(*zeros)
+        tensors = zeros if optimizer_states == "fp32" else reference.quantize_moments(*zeros)
+        moments[name] = dict(zip(ADAMW.formats[MOMENT_FORMATS[optimizer_states]], tensors, strict=True))
 
     losses, grad_norms = [], []
     for number, (micro_batches, learning_rate) in enumerate(zip(steps, learning_rates, strict=True), start=1):
@@ -105,14 +107,8 @@ def train(
                 weight_decay=0.0 if parameter.dim() == 1 else weight_decay,
                 step=number,
             )
-            update(
-                parameter.data,
-                residuals[name],
-                gradients[name],
-                *moments[name],
-                scalars,
-                grad_scale=coefficient,
-            )
+            masters = (parameter.data, residuals[name])
+            reference.adamw_(masters, gradients[name], moments[name], scalars, coefficient)
             if not keep_residual:
                 residuals[name].zero_()
 

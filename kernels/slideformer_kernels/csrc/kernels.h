@@ -29,41 +29,44 @@ TARGET INLINE VF ISA(canonical_nan)(VF x)
     return vf_of_bits(vi_replace_where_nan(x, vf_bits(x), vi_set1(CANONICAL_NAN)));
 }
 
+/* The numbers of a step, each in all lanes. */
 typedef struct {
-    VF decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, minus_step_size;
     VF grad_scale;
-} ISA(adamw_constants);
+    VF scalars[SCALARS];
+} ISA(constants);
 
-TARGET INLINE ISA(adamw_constants) ISA(adamw_constants_of)(const adamw_args *args)
+TARGET INLINE ISA(constants) ISA(constants_of)(const update_args *args)
 {
-    ISA(adamw_constants) constants = {
-        .decay = vf_set1(args->decay),
-        .one_minus_beta1 = vf_set1(args->one_minus_beta1),
-        .beta2 = vf_set1(args->beta2),
-        .one_minus_beta2 = vf_set1(args->one_minus_beta2),
-        .inv_bias_correction2_sqrt = vf_set1(args->inv_bias_correction2_sqrt),
-        .eps = vf_set1(args->eps),
-        .minus_step_size = vf_set1(-args->step_size),
+    const float *scalars = args->scalars;
+    ISA(constants) constants = {
         .grad_scale = vf_set1(args->grad_scale),
+        .scalars = {vf_set1(scalars[0]), vf_set1(scalars[1]), vf_set1(scalars[2]), vf_set1(scalars[3]),
+                    vf_set1(scalars[4]), vf_set1(scalars[5]), vf_set1(scalars[6])},
     };
     return constants;
 }
 
-/* Update parameter and moments of one vector, given the unscaled gradient; returns sqrt(v). */
-TARGET INLINE VF ISA(adamw_step)(const ISA(adamw_constants) *c, VF g, VF *p, VF *m, VF *v)
+/* ---- Rules: weight and moments of one vector, given the scaled gradient and the scalars ---- */
+
+/* Returns sqrt(v). */
+TARGET INLINE VF ISA(adamw)(const VF *scalars, VF g, VF *p, VF *m, VF *v)
 {
-    g = vf_mul(g, c->grad_scale);
-    *m = vf_fma(c->one_minus_beta1, vf_sub(g, *m), *m);
-    *v = vf_fma(vf_mul(c->one_minus_beta2, g), g, vf_mul(c->beta2, *v));
+    const VF decay = scalars[0], one_minus_beta1 = scalars[1], beta2 = scalars[2];
+    const VF one_minus_beta2 = scalars[3], inv_bias_correction2_sqrt = scalars[4], eps = scalars[5];
+    const VF minus_step_size = scalars[6];
+    *m = vf_fma(one_minus_beta1, vf_sub(g, *m), *m);
+    *v = vf_fma(vf_mul(one_minus_beta2, g), g, vf_mul(beta2, *v));
     VF r = vf_sqrt(*v);
-    VF d = vf_fma(r, c->inv_bias_correction2_sqrt, c->eps);
-    *p = vf_fma(*p, c->decay, vf_mul(c->minus_step_size, vf_div(*m, d)));
+    VF d = vf_fma(r, inv_bias_correction2_sqrt, eps);
+    *p = vf_fma(*p, decay, vf_mul(minus_step_size, vf_div(*m, d)));
     return r;
 }
 
+/* ---- Updates on fp32 moments ---- */
+
 /* The hardware's prefetcher stops at page ends, and five streams reach one every 1024 elements. Called once for
  * PREFETCH_STEP elements, a cache line of the 16-bit streams. */
-TARGET INLINE void ISA(prefetch_masters)(const adamw_args *args, int64_t i, int is_split, int grad_is_bf16)
+TARGET INLINE void ISA(prefetch_masters)(const update_args *args, int64_t i, int is_split, int grad_is_bf16)
 {
     i += PREFETCH_NUMEL;
     if (is_split) {
@@ -81,67 +84,55 @@ TARGET INLINE void ISA(prefetch_masters)(const adamw_args *args, int64_t i, int 
     }
 }
 
-TARGET INLINE void ISA(adamw_vector)(const adamw_args *args, const ISA(adamw_constants) *constants, int64_t i,
-                                     int is_split, int grad_is_bf16)
+TARGET INLINE void ISA(update_vector)(const update_args *args, const ISA(constants) *constants, int64_t i,
+                                      int rule, int is_split, int grad_is_bf16)
 {
-    VF m = vf_load(args->exp_avg + i);
-    VF v = vf_load(args->exp_avg_sq + i);
+    const int moments = moments_of(rule);
+    float *const first = (float *)args->moments[0] + i;
+    float *const second = (float *)args->moments[1] + i;
+    const VF *scalars = constants->scalars;
+    VF m = moments > 0 ? vf_load(first) : vf_set1(0.0f);
+    VF v = moments > 1 ? vf_load(second) : vf_set1(0.0f);
     VF p = is_split ? ISA(load_master)(args->hi, args->lo, i) : vf_load(args->param + i);
-    ISA(adamw_step)(constants, ISA(load_grad)(args->grad, i, grad_is_bf16), &p, &m, &v);
-    vf_store(args->exp_avg + i, ISA(canonical_nan)(m));
-    vf_store(args->exp_avg_sq + i, ISA(canonical_nan)(v));
+    VF g = vf_mul(ISA(load_grad)(args->grad, i, grad_is_bf16), constants->grad_scale);
+    switch (rule) {
+    case ADAMW:
+        ISA(adamw)(scalars, g, &p, &m, &v);
+        break;
+    }
+    if (moments > 0)
+        vf_store(first, ISA(canonical_nan)(m));
+    if (moments > 1)
+        vf_store(second, ISA(canonical_nan)(v));
     if (is_split)
         ISA(store_master)(args->hi, args->lo, i, p);
     else
         vf_store(args->param + i, ISA(canonical_nan)(p));
 }
 
-TARGET INLINE int64_t ISA(adamw)(const adamw_args *shared, int64_t begin, int64_t end, int is_split,
-                                 int grad_is_bf16)
+TARGET INLINE int64_t ISA(update)(const update_args *shared, int64_t begin, int64_t end, int rule,
+                                  int is_split, int grad_is_bf16)
 {
     /* A copy that no store can be taken to change, so its pointers stay in registers. */
-    const adamw_args own = *shared;
-    const adamw_args *args = &own;
-    const ISA(adamw_constants) constants = ISA(adamw_constants_of)(args);
+    const update_args own = *shared;
+    const update_args *args = &own;
+    const ISA(constants) constants = ISA(constants_of)(args);
     int64_t i = begin;
     if (LANES > 1)
         for (; i + PREFETCH_STEP <= end; i += PREFETCH_STEP) {
-            prefetch(args->exp_avg + i + PREFETCH_NUMEL);
-            prefetch(args->exp_avg + i + PREFETCH_NUMEL + PREFETCH_STEP / 2);
-            prefetch(args->exp_avg_sq + i + PREFETCH_NUMEL);
-            prefetch(args->exp_avg_sq + i + PREFETCH_NUMEL + PREFETCH_STEP / 2);
+#pragma GCC unroll 2
+            for (int k = 0; k < moments_of(rule); k++) {
+                prefetch((float *)args->moments[k] + i + PREFETCH_NUMEL);
+                prefetch((float *)args->moments[k] + i + PREFETCH_NUMEL + PREFETCH_STEP / 2);
+            }
             ISA(prefetch_masters)(args, i, is_split, grad_is_bf16);
 #pragma GCC unroll 4
             for (int j = 0; j < PREFETCH_STEP; j += LANES)
-                ISA(adamw_vector)(args, &constants, i + j, is_split, grad_is_bf16);
+                ISA(update_vector)(args, &constants, i + j, rule, is_split, grad_is_bf16);
         }
     for (; i + LANES <= end; i += LANES)
-        ISA(adamw_vector)(args, &constants, i, is_split, grad_is_bf16);
+        ISA(update_vector)(args, &constants, i, rule, is_split, grad_is_bf16);
     return i;
-}
-
-TARGET static void ISA(adamw_split_bf16)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw)(args, begin, end, 1, 1);
-    FINISH(adamw_split_bf16);
-}
-
-TARGET static void ISA(adamw_split_fp32)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw)(args, begin, end, 1, 0);
-    FINISH(adamw_split_fp32);
-}
-
-TARGET static void ISA(adamw_fp32_bf16)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw)(args, begin, end, 0, 1);
-    FINISH(adamw_fp32_bf16);
-}
-
-TARGET static void ISA(adamw_fp32_fp32)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw)(args, begin, end, 0, 0);
-    FINISH(adamw_fp32_fp32);
 }
 
 /* ---- The update on 8-bit moments ----
@@ -243,16 +234,18 @@ TARGET INLINE float ISA(store_scale)(float *scale, VI magnitude_bits, float leve
 }
 
 /* begin is that of a block. Vector paths leave a short last block to the portable one. */
-TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int64_t end, int is_split,
-                                      int grad_is_bf16)
+TARGET INLINE int64_t ISA(update_8bit)(const update_args *args, int64_t begin, int64_t end, int is_split,
+                                       int grad_is_bf16)
 {
     uint16_t *restrict hi = args->hi;
     int16_t *restrict lo = args->lo;
     float *restrict param = args->param;
     const void *restrict grad = args->grad;
-    int8_t *exp_avg = args->exp_avg_codes;
-    uint8_t *exp_avg_sq = args->exp_avg_sq_codes;
-    const ISA(adamw_constants) constants = ISA(adamw_constants_of)(args);
+    int8_t *exp_avg = args->moments[0];
+    float *exp_avg_scale = args->moments[1];
+    uint8_t *exp_avg_sq = args->moments[2];
+    float *exp_avg_sq_scale = args->moments[3];
+    const ISA(constants) constants = ISA(constants_of)(args);
     const VI magnitude_mask = vi_set1(0x7FFFFFFF);
     uint8_t nowhere[MOMENT_BLOCK];
     ISA(moment_block) blocks[2] = {{.exp_avg = (int8_t *)nowhere, .exp_avg_sq = nowhere}};
@@ -260,8 +253,8 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
     ISA(moment_block) *block = &blocks[1];
     for (; begin + (LANES > 1 ? MOMENT_BLOCK : 1) <= end; begin += MOMENT_BLOCK) {
         int count = end - begin < MOMENT_BLOCK ? (int)(end - begin) : MOMENT_BLOCK;
-        float *m_scale = args->exp_avg_scale + begin / MOMENT_BLOCK;
-        float *r_scale = args->exp_avg_sq_scale + begin / MOMENT_BLOCK;
+        float *m_scale = exp_avg_scale + begin / MOMENT_BLOCK;
+        float *r_scale = exp_avg_sq_scale + begin / MOMENT_BLOCK;
         const VF m_scales = vf_set1(*m_scale);
         const VF r_scales = vf_set1(*r_scale);
         VI highest_m = vi_set1(0);
@@ -291,7 +284,7 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
                 VF r = vf_mul(vf_mul(q_r[k], q_r[k]), vf_set1(1.0f / EXP_AVG_SQ_LEVELS));
                 r = vf_mul(r, r_scales);
                 VF v = vf_mul(r, r);
-                r = ISA(adamw_step)(&constants, g[k], &p[k], &m, &v);
+                r = ISA(adamw)(constants.scalars, vf_mul(g[k], constants.grad_scale), &p[k], &m, &v);
                 vf_store(block->m + j + k * LANES, m);
                 vf_store(block->r + j + k * LANES, r);
                 highest_m = vi_max_u32(highest_m, vi_and(vf_bits(m), magnitude_mask));
@@ -322,29 +315,26 @@ TARGET INLINE int64_t ISA(adamw_8bit)(const adamw_args *args, int64_t begin, int
     return begin;
 }
 
-TARGET static void ISA(adamw_split_8bit_bf16)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw_8bit)(args, begin, end, 1, 1);
-    FINISH(adamw_split_8bit_bf16);
-}
+/* A rule's four kernels, with the last elements left to the portable path. */
+#define DEFINE_UPDATE(NAME, LOOP, ...)                                                                      \
+    TARGET static void ISA(NAME)(const void *args, int64_t begin, int64_t end)                              \
+    {                                                                                                       \
+        begin = ISA(LOOP)(args, begin, end, __VA_ARGS__);                                                   \
+        FINISH(NAME);                                                                                       \
+    }
+#define DEFINE_UPDATES(NAME, RULE)                                                                          \
+    DEFINE_UPDATE(NAME##_fp32_fp32, update, RULE, 0, 0)                                                     \
+    DEFINE_UPDATE(NAME##_fp32_bf16, update, RULE, 0, 1)                                                     \
+    DEFINE_UPDATE(NAME##_split_fp32, update, RULE, 1, 0)                                                    \
+    DEFINE_UPDATE(NAME##_split_bf16, update, RULE, 1, 1)
+#define UPDATES(NAME)                                                                                       \
+    {{ISA(NAME##_fp32_fp32), ISA(NAME##_fp32_bf16)}, {ISA(NAME##_split_fp32), ISA(NAME##_split_bf16)}}
 
-TARGET static void ISA(adamw_split_8bit_fp32)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw_8bit)(args, begin, end, 1, 0);
-    FINISH(adamw_split_8bit_fp32);
-}
-
-TARGET static void ISA(adamw_fp32_8bit_bf16)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw_8bit)(args, begin, end, 0, 1);
-    FINISH(adamw_fp32_8bit_bf16);
-}
-
-TARGET static void ISA(adamw_fp32_8bit_fp32)(const void *args, int64_t begin, int64_t end)
-{
-    begin = ISA(adamw_8bit)(args, begin, end, 0, 0);
-    FINISH(adamw_fp32_8bit_fp32);
-}
+DEFINE_UPDATES(adamw, ADAMW)
+DEFINE_UPDATE(adamw_8bit_fp32_fp32, update_8bit, 0, 0)
+DEFINE_UPDATE(adamw_8bit_fp32_bf16, update_8bit, 0, 1)
+DEFINE_UPDATE(adamw_8bit_split_fp32, update_8bit, 1, 0)
+DEFINE_UPDATE(adamw_8bit_split_bf16, update_8bit, 1, 1)
 
 TARGET INLINE int64_t ISA(accumulate)(const accumulate_args *args, int64_t begin, int64_t end,
                                       int grad_is_bf16)
@@ -453,14 +443,7 @@ DEFINE_ROW_SUMS(row_sums_fp32, float, row_sum_fp32)
 DEFINE_ROW_SUMS(row_sums_fp64, double, row_sum_fp64)
 
 static const kernel_table ISA(kernels) = {
-    .adamw_split_bf16 = ISA(adamw_split_bf16),
-    .adamw_split_fp32 = ISA(adamw_split_fp32),
-    .adamw_fp32_bf16 = ISA(adamw_fp32_bf16),
-    .adamw_fp32_fp32 = ISA(adamw_fp32_fp32),
-    .adamw_split_8bit_bf16 = ISA(adamw_split_8bit_bf16),
-    .adamw_split_8bit_fp32 = ISA(adamw_split_8bit_fp32),
-    .adamw_fp32_8bit_bf16 = ISA(adamw_fp32_8bit_bf16),
-    .adamw_fp32_8bit_fp32 = ISA(adamw_fp32_8bit_fp32),
+    .update = {[ADAMW] = UPDATES(adamw), [ADAMW_8BIT] = UPDATES(adamw_8bit)},
     .accumulate_bf16 = ISA(accumulate_bf16),
     .accumulate_fp32 = ISA(accumulate_fp32),
     .split = ISA(split),
@@ -470,6 +453,9 @@ static const kernel_table ISA(kernels) = {
     .row_sums_fp64 = ISA(row_sums_fp64),
 };
 
+#undef DEFINE_UPDATE
+#undef DEFINE_UPDATES
+#undef UPDATES
 #undef QUARTER
 #undef FIRST_HALVINGS
 #undef WIDE_BF16

@@ -1,4 +1,4 @@
-/* AdamW, gradient accumulation, split masters and the sum of squares on the CPU.
+/* Updates of weights, gradient accumulation, split masters and the sum of squares on the CPU.
  *
  * The formulas, the split master and the summation tree are defined in reference.py, whose bits every path
  * here reproduces. kernels.h holds each loop once, written over the vector operations that the isa_*.h files
@@ -55,20 +55,19 @@ enum { MOMENT_BLOCK = 128 };
  * but those of scales is shared by two writers. */
 #define BOUNDARY_NUMEL 1024
 
+/* Update rules with the format of their moments: rows of a kernel table. The numbers are those in cpu.py. */
+enum { ADAMW = 0, ADAMW_8BIT = 1, UPDATE_COUNT = 2 };
+enum { MOMENTS = 4, SCALARS = 7 }; /* at the most */
+
 typedef struct {
     uint16_t *hi; /* split master, or NULL */
     int16_t *lo;
     float *param; /* plain fp32 master, or NULL */
     const void *grad;
-    float *exp_avg; /* fp32 moments, or NULL */
-    float *exp_avg_sq;
-    int8_t *exp_avg_codes; /* 8-bit moments with their scales, or NULL */
-    float *exp_avg_scale;
-    uint8_t *exp_avg_sq_codes;
-    float *exp_avg_sq_scale;
-    float decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size;
+    void *moments[MOMENTS]; /* in the order of rules.py */
     float grad_scale;
-} adamw_args;
+    float scalars[SCALARS]; /* in the order of kernel_arguments in scalars.py */
+} update_args;
 
 typedef struct {
     float *acc;
@@ -91,8 +90,7 @@ typedef struct {
 typedef void (*range_function)(const void *args, int64_t begin, int64_t end);
 
 typedef struct {
-    range_function adamw_split_bf16, adamw_split_fp32, adamw_fp32_bf16, adamw_fp32_fp32;
-    range_function adamw_split_8bit_bf16, adamw_split_8bit_fp32, adamw_fp32_8bit_bf16, adamw_fp32_8bit_fp32;
+    range_function update[UPDATE_COUNT][2][2]; /* [.][is the master split][is the gradient bf16] */
     range_function accumulate_bf16, accumulate_fp32, split, join;
     range_function row_sums_bf16, row_sums_fp32, row_sums_fp64;
 } kernel_table;
@@ -132,6 +130,12 @@ INLINE float fma_float(float a, float b, float c)
     memcpy(&total, &bits, sizeof bits);
     return (float)total;
 #endif
+}
+
+/* How many fp32 moments a rule keeps. */
+INLINE int moments_of(int rule)
+{
+    return rule == ADAMW ? 2 : 0;
 }
 
 #include "isa_portable.h"
@@ -294,93 +298,22 @@ EXPORT int slideformer_supports_isa(int isa)
     return isa_supported(isa);
 }
 
-/* scalars: decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias_correction2_sqrt, eps, step_size,
- * grad_scale. The caller adds the tensors. */
-static adamw_args adamw_args_of(const float *scalars)
-{
-    adamw_args args = {
-        .decay = scalars[0],
-        .one_minus_beta1 = scalars[1],
-        .beta2 = scalars[2],
-        .one_minus_beta2 = scalars[3],
-        .inv_bias_correction2_sqrt = scalars[4],
-        .eps = scalars[5],
-        .step_size = scalars[6],
-        .grad_scale = scalars[7],
-    };
-    return args;
-}
-
-EXPORT int slideformer_adamw_split(uint16_t *hi, int16_t *lo, const void *grad, int grad_is_bf16,
-                                   float *exp_avg, float *exp_avg_sq, int64_t numel, const float *scalars,
-                                   int isa, int threads)
+/* master: hi, with lo, or the fp32 parameters, with NULL. moments: MOMENTS pointers, scalars: SCALARS numbers after
+ * grad_scale; what the rule does not have is not read. */
+EXPORT int slideformer_update(int rule, void *master, int16_t *lo, const void *grad, int grad_is_bf16,
+                              void *const *moments, const float *scalars, int64_t numel, int isa, int threads)
 {
     const kernel_table *kernels = kernels_for(isa);
     if (!kernels)
         return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(scalars);
-    args.hi = hi;
-    args.lo = lo;
-    args.grad = grad;
-    args.exp_avg = exp_avg;
-    args.exp_avg_sq = exp_avg_sq;
-    run_elements(grad_is_bf16 ? kernels->adamw_split_bf16 : kernels->adamw_split_fp32, &args, numel, threads);
-    return STATUS_OK;
-}
-
-EXPORT int slideformer_adamw_fp32(float *param, const void *grad, int grad_is_bf16, float *exp_avg,
-                                  float *exp_avg_sq, int64_t numel, const float *scalars, int isa,
-                                  int threads)
-{
-    const kernel_table *kernels = kernels_for(isa);
-    if (!kernels)
-        return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(scalars);
-    args.param = param;
-    args.grad = grad;
-    args.exp_avg = exp_avg;
-    args.exp_avg_sq = exp_avg_sq;
-    run_elements(grad_is_bf16 ? kernels->adamw_fp32_bf16 : kernels->adamw_fp32_fp32, &args, numel, threads);
-    return STATUS_OK;
-}
-
-EXPORT int slideformer_adamw_split_8bit(uint16_t *hi, int16_t *lo, const void *grad, int grad_is_bf16,
-                                        int8_t *exp_avg, float *exp_avg_scale, uint8_t *exp_avg_sq,
-                                        float *exp_avg_sq_scale, int64_t numel, const float *scalars, int isa,
-                                        int threads)
-{
-    const kernel_table *kernels = kernels_for(isa);
-    if (!kernels)
-        return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(scalars);
-    args.hi = hi;
-    args.lo = lo;
-    args.grad = grad;
-    args.exp_avg_codes = exp_avg;
-    args.exp_avg_scale = exp_avg_scale;
-    args.exp_avg_sq_codes = exp_avg_sq;
-    args.exp_avg_sq_scale = exp_avg_sq_scale;
-    run_elements(grad_is_bf16 ? kernels->adamw_split_8bit_bf16 : kernels->adamw_split_8bit_fp32, &args, numel,
-                 threads);
-    return STATUS_OK;
-}
-
-EXPORT int slideformer_adamw_fp32_8bit(float *param, const void *grad, int grad_is_bf16, int8_t *exp_avg,
-                                       float *exp_avg_scale, uint8_t *exp_avg_sq, float *exp_avg_sq_scale,
-                                       int64_t numel, const float *scalars, int isa, int threads)
-{
-    const kernel_table *kernels = kernels_for(isa);
-    if (!kernels)
-        return STATUS_UNSUPPORTED_ISA;
-    adamw_args args = adamw_args_of(scalars);
-    args.param = param;
-    args.grad = grad;
-    args.exp_avg_codes = exp_avg;
-    args.exp_avg_scale = exp_avg_scale;
-    args.exp_avg_sq_codes = exp_avg_sq;
-    args.exp_avg_sq_scale = exp_avg_sq_scale;
-    run_elements(grad_is_bf16 ? kernels->adamw_fp32_8bit_bf16 : kernels->adamw_fp32_8bit_fp32, &args, numel,
-                 threads);
+    update_args args = {.lo = lo, .grad = grad, .grad_scale = scalars[0]};
+    if (lo)
+        args.hi = master;
+    else
+        args.param = master;
+    memcpy(args.moments, moments, sizeof args.moments);
+    memcpy(args.scalars, scalars + 1, sizeof args.scalars);
+    run_elements(kernels->update[rule][lo != NULL][grad_is_bf16], &args, numel, threads);
     return STATUS_OK;
 }
 

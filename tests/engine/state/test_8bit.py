@@ -117,9 +117,9 @@ class Plain:
         scalars = adamw_scalars(
             lr=LR, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=self.weight_decay, step=self.step
         )
-        *masters, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale = self.tensors.values()
-        kernel = reference.adamw_split_8bit_ if len(masters) == 2 else reference.adamw_fp32_8bit_
-        kernel(*masters, grad, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, scalars, grad_scale)
+        moments = {name: tensor for name, tensor in self.tensors.items() if name.startswith("exp_avg")}
+        masters = [tensor for name, tensor in self.tensors.items() if name not in moments]
+        reference.adamw_(masters, grad, moments, scalars, grad_scale)
 
 
 def train_plainly(

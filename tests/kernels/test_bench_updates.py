@@ -11,7 +11,7 @@ from slideformer_kernels import build
 
 @pytest.mark.skipif(not build.is_available(), reason="no C compiler")
 def test_rows_are_json():
-    script = Path(__file__).with_name("bench_adamw.py")
+    script = Path(__file__).with_name("bench_updates.py")
     options = ["--numel", "65536", "--threads", "1", "2", "--isa", "portable", "--warmup", "1"]
     command = [sys.executable, str(script), *options, "--repeats", "2"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)

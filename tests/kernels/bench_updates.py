@@ -1,11 +1,12 @@
-"""How fast are the update and the gradient norm, against the bandwidth of a copy on the same machine?
+"""How fast are the updates and the gradient norm, against the bandwidth of a copy on the same machine?
 
 Prints one JSON row for each measurement: CPU for each thread count and instruction set asked for, GPU if
-there is one. Example: ``python tests/kernels/bench_adamw.py --numel 256000000 --threads 1 8 16``.
+there is one. Example: ``python tests/kernels/bench_updates.py --numel 256000000 --threads 1 8 16``.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -19,21 +20,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
-from slideformer_kernels import (  # noqa: E402
-    MOMENT_BLOCK_NUMEL,
-    adamw_scalars,
-    adamw_split_,
-    adamw_split_8bit_,
-    build,
-    cpu,
-    sum_of_squares,
-)
+import slideformer_kernels as kernels  # noqa: E402
+from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, build, cpu, sum_of_squares  # noqa: E402
+from slideformer_kernels.rules import ADAMW, Rule  # noqa: E402
 
-# hi, lo, exp_avg, exp_avg_sq read and written, bf16 gradient read.
-UPDATE_BYTES = 2 * (2 + 2 + 4 + 4) + 2
-# The same with one byte for each moment; two scales of 4 bytes for each block.
-UPDATE_8BIT_BYTES = 2 * (2 + 2 + 1 + 1) + 2 + 2 * 8 / MOMENT_BLOCK_NUMEL
-SCALARS = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=10)
+ADAMW_SCALARS = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=10)
+# Operation -> rule, its kernel, numbers of a step.
+UPDATES: dict[str, tuple[Rule, str, object]] = {
+    "adamw_split": (ADAMW, "adamw", ADAMW_SCALARS),
+    "adamw_split_8bit": (ADAMW, "adamw_8bit", ADAMW_SCALARS),
+}
 
 
 def zeros(numel: int, dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -46,18 +42,30 @@ def zeros(numel: int, dtype: torch.dtype, device: str) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=dtype, count=numel).zero_()
 
 
-def make_state(numel: int, device: str) -> list[torch.Tensor]:
-    """Allocate hi, lo, grad, exp_avg and exp_avg_sq."""
-    hi, lo = zeros(numel, torch.bfloat16, device), zeros(numel, torch.int16, device)
-    grad = zeros(numel, torch.bfloat16, device).normal_()
-    return [hi, lo, grad, zeros(numel, torch.float32, device), zeros(numel, torch.float32, device).fill_(1.0)]
+class Updates:
+    """Split masters and bf16 gradients of ``numel`` elements, and all rules' moments for them."""
 
+    def __init__(self, numel: int, device: str) -> None:
+        self.numel = numel
+        self.masters = zeros(numel, torch.bfloat16, device), zeros(numel, torch.int16, device)
+        self.grad = zeros(numel, torch.bfloat16, device).normal_()
+        blocks = -(-numel // MOMENT_BLOCK_NUMEL)
+        self.moments = {
+            operation: {
+                name: zeros(blocks if name.endswith("_scale") else numel, dtype, device)
+                for name, dtype in rule.formats[kernel].items()
+            }
+            for operation, (rule, kernel, _) in UPDATES.items()
+        }
 
-def make_codes(numel: int, device: str) -> list[torch.Tensor]:
-    """Allocate codes and scales of exp_avg and exp_avg_sq, the moments of a new parameter."""
-    blocks = -(-numel // MOMENT_BLOCK_NUMEL)
-    codes = ((numel, torch.int8), (blocks, torch.float32), (numel, torch.uint8), (blocks, torch.float32))
-    return [zeros(count, dtype, device) for count, dtype in codes]
+    def run(self, operation: str, **options: object) -> None:
+        rule, _, scalars = UPDATES[operation]
+        getattr(kernels, rule.name)(self.masters, self.grad, self.moments[operation], scalars, **options)
+
+    def moved_bytes(self, operation: str) -> int:
+        """Return the bytes that an update reads and writes: all but the gradient both ways."""
+        both_ways = [*self.masters, *self.moments[operation].values()]
+        return sum(2 * tensor.nbytes for tensor in both_ways) + self.grad.nbytes
 
 
 def percentiles_s(samples: list[float]) -> dict[str, float]:
@@ -111,44 +119,38 @@ def cpu_name() -> str:
 
 
 def bench_cpu(numel: int, thread_counts: list[int], isas: list[str], warmup: int, repeats: int) -> None:
-    state = make_state(numel, "cpu")
-    state_8bit = [*state[:3], *make_codes(numel, "cpu")]
+    updates = Updates(numel, "cpu")
     for isa in isas:
         os.environ[cpu.ISA_VARIABLE] = isa
         for threads in thread_counts:
             extra = {"device": "cpu", "threads": threads, "isa": isa}
-            samples = time_cpu(lambda t=threads: adamw_split_(*state, SCALARS, threads=t), warmup, repeats)
-            print_row("adamw_split", numel, UPDATE_BYTES * numel, samples, **extra)
-            samples = time_cpu(
-                lambda t=threads: adamw_split_8bit_(*state_8bit, SCALARS, threads=t), warmup, repeats
-            )
-            print_row("adamw_split_8bit", numel, UPDATE_8BIT_BYTES * numel, samples, **extra)
-            samples = time_cpu(lambda t=threads: sum_of_squares(state[2], threads=t), warmup, repeats)
-            print_row("sum_of_squares", numel, 2 * numel, samples, **extra)
-    copy = torch.empty_like(state[4])
+            for operation in UPDATES:
+                run = functools.partial(updates.run, operation, threads=threads)
+                samples = time_cpu(run, warmup, repeats)
+                print_row(operation, numel, updates.moved_bytes(operation), samples, **extra)
+            run = functools.partial(sum_of_squares, updates.grad, threads=threads)
+            print_row("sum_of_squares", numel, 2 * numel, time_cpu(run, warmup, repeats), **extra)
+    one, other = updates.moments["adamw_split"].values()
     for threads in thread_counts:
         torch.set_num_threads(threads)
-        samples = time_cpu(lambda: copy.copy_(state[3]), warmup, repeats)
+        samples = time_cpu(lambda: one.copy_(other), warmup, repeats)
         print_row("copy", numel, 8 * numel, samples, device="cpu", threads=threads)
 
 
 def bench_gpu(numel: int, warmup: int, repeats: int) -> None:
     import triton
 
-    state = make_state(numel, "cuda")
-    state_8bit = [*state[:3], *make_codes(numel, "cuda")]
+    updates = Updates(numel, "cuda")
     scale = torch.ones(1, device="cuda")
-    copy = torch.empty_like(state[4])
     extra = {"device": torch.cuda.get_device_name(), "triton": triton.__version__}
+    for operation in UPDATES:
+        run = functools.partial(updates.run, operation, grad_scale=scale)
+        samples = time_gpu(run, warmup, repeats)
+        print_row(operation, numel, updates.moved_bytes(operation), samples, **extra)
+    one, other = updates.moments["adamw_split"].values()
     for operation, moved_bytes, run in (
-        ("adamw_split", UPDATE_BYTES * numel, lambda: adamw_split_(*state, SCALARS, scale)),
-        (
-            "adamw_split_8bit",
-            UPDATE_8BIT_BYTES * numel,
-            lambda: adamw_split_8bit_(*state_8bit, SCALARS, scale),
-        ),
-        ("sum_of_squares", 2 * numel, lambda: sum_of_squares(state[2])),
-        ("copy", 8 * numel, lambda: copy.copy_(state[3])),
+        ("sum_of_squares", 2 * numel, lambda: sum_of_squares(updates.grad)),
+        ("copy", 8 * numel, lambda: one.copy_(other)),
     ):
         print_row(operation, numel, moved_bytes, time_gpu(run, warmup, repeats), **extra)
 
