@@ -57,11 +57,15 @@ class UnitMemory:
         self.lo, self._moments = None, {}
         self.master_weights = self.weights
 
+    def buffers(self) -> list[Buffer]:
+        """All that are there now."""
+        every = (self.weights, self.lo, self.grads, *self._moments.values())
+        return [buffer for buffer in every if buffer is not None]
+
     @property
     def nbytes(self) -> int:
         """Bytes of RAM that its buffers take now."""
-        every = (self.weights, self.lo, self.grads, *self._moments.values())
-        return sum(buffer.nbytes for buffer in every if buffer is not None)
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def weight(self, segment: Segment) -> torch.Tensor:
         """The parameter's weights in its own shape and storage."""

@@ -27,7 +27,8 @@ from hf_slideformer.memory.layout import (
     lay_out,
 )
 from hf_slideformer.memory.unit_memory import UnitMemory
-from hf_slideformer.optim.state import Hyperparams, ParamState, plan_runs
+from hf_slideformer.optim.adamw import AdamWHyperparams, AdamWRule
+from hf_slideformer.optim.state import ParamState, plan_runs
 from tests.engine.loop import (
     Run,
     assert_same_bits,
@@ -83,7 +84,7 @@ def prepare_poisoned(monkeypatch):
                 kept = [
                     (t, t.clone()) for state in unit.states for t in tensors_of(state).values() if t.numel()
                 ]
-                for buffer in unit.memory.buffers():
+                for buffer in unit.group.home.memory.buffers():
                     buffer.tensor(torch.uint8, 0, buffer.nbytes).fill_(0xFF)
                 for tensor, value in kept:
                     tensor.copy_(value)
@@ -298,25 +299,26 @@ def test_neighbours_join_only_where_padding_does_no_harm(name):
     layout = lay_out(
         [ParamSpec(key, (numel,), torch.bfloat16, torch.bfloat16, True, True) for key, numel in sizes.items()]
     )
-    memory = UnitMemory(layout, pin=False)
-    memory.allocate_moments(MOMENT_FORMATS[name])
+    memory = UnitMemory(layout, HostBuffer(layout.weight_bytes), HostBuffer(2 * layout.lo_numel))
+    memory.use_moments({part: HostBuffer(4096) for part in MOMENT_FORMATS[name].parts})
     states = [
         ParamState(
             index,
             torch.nn.Parameter(torch.empty(0)),
             0,
+            True,
             segment,
             memory.weight(segment),
             memory.residual(segment),
             memory.moments(segment),
             step=1,
-            moment_format=MOMENT_FORMATS[name],
+            rule=AdamWRule(MOMENT_FORMATS[name]),
         )
         for index, segment in enumerate(layout.segments)
     ]
     runs = plan_runs(
         states,
-        lambda state: Hyperparams(2e-3 if state.name == "f" else 1e-3, 0.9, 0.999, 1e-8, 0.0),
+        lambda state: AdamWHyperparams(2e-3 if state.name == "f" else 1e-3, 0.9, 0.999, 1e-8, 0.0),
         lambda state: 1.0,
     )
     assert [[state.name for state in run.members] for run in runs] == RUNS[name]
@@ -332,11 +334,11 @@ def test_the_plan_counts_what_is_allocated(states):
     plan = run.engine.plan
     items = {item.what: item.nbytes for item in plan.items}
     planned = items["weights"] + items["master residuals"] + items["moments"]
-    buffers = [buffer for unit in run.engine.executor.units for buffer in unit.memory.buffers()]
+    buffers = [buffer for unit in run.engine.executor.units for buffer in unit.group.home.memory.buffers()]
     assert planned <= run.engine.host_state_bytes < planned + 4096 * len(buffers)
     expected = {"fp32": 12.0, "8bit": 6.0625}[states]
     assert run.engine.host_state_bytes / plan.host_params == pytest.approx(expected, rel=0.005)
-    resident = [state for state in run.engine.states if state.unit is None]
+    resident = [state for state in run.engine.states if not state.streams]
     assert any(state.spec.numel % MOMENT_BLOCK_NUMEL for state in resident)
     assert items["resident moments"] == sum(
         tensor.nbytes for state in resident for tensor in state.moments.values()

@@ -18,7 +18,7 @@ from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.engine.model.setup import Setup
 from hf_slideformer.engine.profiling.trace import profile_model
 from hf_slideformer.engine.reference_model import follow
-from hf_slideformer.memory.layout import FP32_MOMENTS
+from hf_slideformer.optim.adamw import AdamWRule
 from tests.engine.loop import all_tensors, assert_same_bits, batches, decide, prepare, tiny_llama, train
 
 RANK = 4
@@ -95,7 +95,7 @@ def test_frozen_weights_cost_their_own_bytes_in_ram(dtype, bf16, micro_batches):
     for state in run.engine.states:
         assert bool(state.moments) == state.spec.trainable
         assert (state.residual is not None) == (state.spec.trainable and bf16)
-        assert state.moment_format is (FP32_MOMENTS if state.spec.trainable else None)
+        assert state.rule == (AdamWRule() if state.spec.trainable else None)
 
 
 def test_a_frozen_base_in_fp32_keeps_its_lower_half_in_ram_only():
