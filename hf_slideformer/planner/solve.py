@@ -228,7 +228,8 @@ class _Search:
 
         They are spread evenly over forward, so that the disk works while other units are updated and computed.
         """
-        in_ram, on_disk = self.memory.ram_state, self.memory.disk_state
+        in_ram = [unit.ram_state for unit in self.memory.units]
+        on_disk = [unit.disk_state for unit in self.memory.units]
         resident = set(decisions.resident)
         # A frozen unit may have no such state.
         units = [unit for unit, nbytes in enumerate(on_disk) if nbytes and unit not in resident]

@@ -327,6 +327,6 @@ def test_evaluation_has_state_on_disk_where_training_will():
     )
     assert training.disk_bytes(decisions) == evaluating.disk_bytes(decisions) > 0
     items = {item.what: item.nbytes for item in evaluating.ram_items(decisions)}
-    assert items["disk buffers"] == 2 * evaluating.disk_state[3]
+    assert items["disk buffers"] == 2 * evaluating.units[3].disk_state
     assert items["master residuals"] == pytest.approx(2 * 2 * workload.layouts[0].numel, rel=1e-4)
     assert "moments" not in items
