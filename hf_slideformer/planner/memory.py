@@ -199,14 +199,15 @@ class UnitBytes:
         """Those of the unit of a workload that has this layout and profile."""
         specs = [segment.spec for segment in layout.segments]
         gpu, moments, sums = _OwnTensors.of(workload), workload.moments, workload.fp32_sums
+        gradients = gpu.gradients(specs, fp32=False)
         remade = [spec for spec in specs if spec.name in workload.remade]
         return cls(
             slot=gpu.nbytes(layout.weight_bytes),
             gpu_weights=gpu.weights(specs),
             gpu_residuals=gpu.residuals(specs),
             gpu_moments=gpu.moments(specs, moments),
-            gpu_gradients=gpu.gradients(specs, fp32=False),
-            gpu_sums=gpu.gradients(specs, fp32=sums),
+            gpu_gradients=gradients,
+            gpu_sums=gpu.gradients(specs, fp32=True) if sums else gradients,
             widened=gpu.largest_gradient(specs, itemsize=4) if sums else 0,
             ram_weights=_pages(layout.weight_bytes),
             ram_residuals=_pages(2 * layout.lo_numel),
@@ -495,8 +496,9 @@ class MemoryModel:
     def disk_items(self, decisions: Decisions) -> list[Item]:
         """What lies on disk."""
         whole = [self.units[unit].file for unit in decisions.weights_on_disk]
+        state = "residuals and moments" if self.workload.moments.parts else "residuals"
         items = [
-            Item("disk", "residuals and moments", sum(self.units[unit].disk_state for unit in decisions.on_disk)),
+            Item("disk", state, sum(self.units[unit].disk_state for unit in decisions.on_disk)),
             Item("disk", "weights", sum(file.weight_bytes for file in whole)),
             Item("disk", "gradients", sum(file.grad_bytes for file in whole)),
             Item("disk", "inputs of units", sum(self._inputs_on_disk(decisions).values())),
