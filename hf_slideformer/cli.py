@@ -548,12 +548,16 @@ def hardware_table(hardware: Hardware) -> str:
     ]
     if hardware.gpu:
         rows.append(("copy in GPU memory, read and written", _rate(hardware.gpu_copy, "GB/s")))
-    for key, label in (("fp32", "fp32 moments"), ("8bit", "8-bit moments")):
-        loaded = _rate(hardware.cpu_adamw_loaded[key], "Gparam/s")
-        rows.append((f"AdamW on the CPU, {label}", _rate(hardware.cpu_adamw[key], "Gparam/s")))
-        rows.append(("  beside copies both ways", loaded))
-        if hardware.gpu:
-            rows.append((f"AdamW on the GPU, {label}", _rate(hardware.gpu_adamw[key], "Gparam/s")))
+    adamw = {"fp32": ("AdamW", ", fp32 moments"), "8bit": ("AdamW", ", 8-bit moments")}
+    for key in {**hardware.cpu_update, **hardware.cpu_update_loaded, **hardware.gpu_update}:
+        rule, moments = adamw.get(key, (key, ""))
+        for rates, row in (
+            (hardware.cpu_update, f"{rule} on the CPU{moments}"),
+            (hardware.cpu_update_loaded, "  beside copies both ways"),
+            (hardware.gpu_update if hardware.gpu else {}, f"{rule} on the GPU{moments}"),
+        ):
+            if key in rates:
+                rows.append((row, _rate(rates[key], "Gparam/s")))
     rows.append(("bf16 matrix products", _rate(hardware.bf16_flops, "TFLOP/s")))
     rows.append(("fp32 matrix products", _rate(hardware.fp32_flops, "TFLOP/s")))
     if hardware.disk_bytes is not None:

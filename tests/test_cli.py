@@ -1,5 +1,6 @@
 """The `slideformer` command: what it prints, its exit codes, and what importing it costs."""
 
+import dataclasses
 import json
 import os
 import re
@@ -70,6 +71,17 @@ def test_table_of_a_gpu():
     assert values["bf16 matrix products"] == "121 TFLOP/s"
     assert values["disk, free"] == "3,725.3 GiB"
     assert "run `slideformer probe`" in table.splitlines()[-1]
+
+
+def test_table_shows_rates_of_other_updates():
+    machine = dataclasses.replace(
+        PRESETS["rtx4090-256gb"],
+        cpu_update=PRESETS["rtx4090-256gb"].cpu_update | {"lion": 5e9},
+        gpu_update=PRESETS["rtx4090-256gb"].gpu_update | {"lion": 50e9},
+    )
+    rows = [re.split(r"\s{2,}", line.strip()) for line in cli.hardware_table(machine).splitlines()]
+    assert ["lion on the CPU", "5.00 Gparam/s"] in rows and ["lion on the GPU", "50.0 Gparam/s"] in rows
+    assert sum(row[0] == "beside copies both ways" for row in rows) == 2  # nobody measured that of lion
 
 
 def test_json_is_a_description(capsys):

@@ -25,6 +25,7 @@ import torch
 from slideformer_kernels.cpu import default_threads
 
 from ..errors import ConfigError
+from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS, MomentFormat
 
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -100,9 +101,10 @@ class Hardware:
         cores: physical cores.
         h2d, d2h, duplex: copies between pinned RAM and the GPU, alone and both at once (the sum).
         ram_copy: a copy in RAM, bytes read plus bytes written, with all cores.
-        cpu_adamw: parameters a second by the CPU update, by name of the moments' format ("fp32", "8bit").
-        cpu_adamw_loaded: the same while copies run both ways.
-        gpu_adamw: parameters a second by the GPU update, by format.
+        cpu_update: parameters a second by the CPU update, by name of the moments' format: those of `UPDATE_FORMATS`,
+            and any others that were measured. `update_rate` reads it.
+        cpu_update_loaded: the same while copies run both ways.
+        gpu_update: parameters a second by the GPU update, likewise.
         gpu_copy: a copy in GPU memory, bytes read plus bytes written.
         bf16_flops, fp32_flops: of large matrix products.
         disk_read, disk_write, disk_duplex: of the disk for state, alone and both at once (the sum), or None.
@@ -119,9 +121,9 @@ class Hardware:
     d2h: float
     duplex: float
     ram_copy: float
-    cpu_adamw: Mapping[str, float]
-    cpu_adamw_loaded: Mapping[str, float]
-    gpu_adamw: Mapping[str, float]
+    cpu_update: Mapping[str, float]
+    cpu_update_loaded: Mapping[str, float]
+    gpu_update: Mapping[str, float]
     gpu_copy: float
     bf16_flops: float
     fp32_flops: float
@@ -155,7 +157,8 @@ class Hardware:
         """The hardware that `as_dict` described.
 
         Args:
-            values: one entry for each attribute; those with defaults may be missing.
+            values: one entry for each attribute; those with defaults may be missing. What earlier versions wrote is
+                read too.
             origin: where it came from, for errors.
 
         Raises:
@@ -163,6 +166,10 @@ class Hardware:
         """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{origin} must be a mapping of settings, got {type(values).__name__}")
+        values = dict(values)
+        for earlier, now in _EARLIER_NAMES.items():
+            if earlier in values and now not in values:
+                values[now] = values.pop(earlier)
         fields = dataclasses.fields(cls)
         unknown = sorted(set(values) - {field.name for field in fields})
         missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
@@ -194,12 +201,44 @@ class Hardware:
         return cls.from_dict(values, str(path))
 
 
-# Formats of moments for which a machine's update rates are known; those of `memory.layout.MOMENT_FORMATS`.
-UPDATE_FORMATS = ("fp32", "8bit")
+# Formats of moments with which every description of a machine has rates.
+UPDATE_FORMATS = (FP32_MOMENTS.name, EIGHT_BIT_MOMENTS.name)
+
+
+def update_bytes(moments: MomentFormat) -> int:
+    """Bytes that one parameter's update reads and writes, to the whole byte.
+
+    A bf16 gradient is read, a split master and the moments are read and written.
+    """
+    return round(2 + 2 * (4 + sum(part.dtype.itemsize / part.block_numel for part in moments.parts)))
+
+
+def update_rate(rates: Mapping[str, float], moments: MomentFormat) -> float:
+    """Parameters a second of an update.
+
+    Args:
+        rates: one of `Hardware`'s, by name of the moments' format.
+        moments: what is updated besides the masters.
+
+    Returns:
+        The measured rate. Where nobody measured it an estimate: that with fp32 moments as many times as fewer bytes are
+        moved, since memory bounds an update.
+    """
+    measured = rates.get(moments.name)
+    if measured is not None:
+        return measured
+    return rates[FP32_MOMENTS.name] * update_bytes(FP32_MOMENTS) / update_bytes(moments)
+
 
 _SOURCES = ("measured", "estimated")
 _COUNTS = ("gpu_bytes", "ram_bytes", "cores", "disk_bytes")
-_BY_FORMAT = ("cpu_adamw", "cpu_adamw_loaded", "gpu_adamw")
+_BY_FORMAT = ("cpu_update", "cpu_update_loaded", "gpu_update")
+# What earlier versions called these.
+_EARLIER_NAMES = {
+    "cpu_adamw": "cpu_update",
+    "cpu_adamw_loaded": "cpu_update_loaded",
+    "gpu_adamw": "gpu_update",
+}
 
 
 def _checked(name: str, value: Any, origin: str) -> Any:
@@ -217,8 +256,8 @@ def _checked(name: str, value: Any, origin: str) -> Any:
             return tuple(value)
         raise ConfigError(f"{origin}: notes must be a list of texts, got {value!r}")
     if name in _BY_FORMAT:
-        if isinstance(value, Mapping) and set(value) == set(UPDATE_FORMATS):
-            return {key: _positive(f"{name}.{key}", value[key], origin) for key in UPDATE_FORMATS}
+        if isinstance(value, Mapping) and set(value) >= set(UPDATE_FORMATS):
+            return {key: _positive(f"{name}.{key}", rate, origin) for key, rate in value.items()}
         raise ConfigError(f"{origin}: {name} must have one rate each for {', '.join(UPDATE_FORMATS)}")
     number = _positive(name, value, origin)
     if name not in _COUNTS:

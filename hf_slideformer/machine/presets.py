@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..errors import ConfigError
-from .hardware import Hardware
+from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS
+from .hardware import Hardware, update_bytes
 
 GIB = 2**30
 GB = 10**9
 
-# Bytes of RAM or GPU memory that one parameter's update reads and writes (bf16 gradient, split master).
-_UPDATE_BYTES = {"fp32": 26, "8bit": 14}
+# Bytes of RAM or GPU memory that one parameter's update reads and writes: 26 and 14.
+_UPDATE_BYTES = {moments.name: update_bytes(moments) for moments in (FP32_MOMENTS, EIGHT_BIT_MOMENTS)}
 
 # PCIe x16, one direction, after line coding: 16 or 32 GT/s x 16 lanes x 128/130.
 _PCIE4, _PCIE5 = 31.5 * GB, 63.0 * GB
@@ -179,9 +180,9 @@ def _derived(gpu: _Gpu, host: _Host) -> Hardware:
         d2h=link,
         duplex=duplex,
         ram_copy=min(_RAM_COPY_SHARE * host.bandwidth, host.cores * _CORE_BANDWIDTH),
-        cpu_adamw={name: min(most[name], ram / nbytes) for name, nbytes in _UPDATE_BYTES.items()},
-        cpu_adamw_loaded={name: min(most[name], left / nbytes) for name, nbytes in _UPDATE_BYTES.items()},
-        gpu_adamw={
+        cpu_update={name: min(most[name], ram / nbytes) for name, nbytes in _UPDATE_BYTES.items()},
+        cpu_update_loaded={name: min(most[name], left / nbytes) for name, nbytes in _UPDATE_BYTES.items()},
+        gpu_update={
             name: _GPU_UPDATE_SHARES[name] * gpu.bandwidth / nbytes for name, nbytes in _UPDATE_BYTES.items()
         },
         gpu_copy=_GPU_COPY_SHARE * gpu.bandwidth,
@@ -212,9 +213,9 @@ _H100_HOST = Hardware(
     d2h=54.8 * GB,
     duplex=91.9 * GB,
     ram_copy=62.2 * GB,
-    cpu_adamw={"fp32": 6.24e9, "8bit": 8.55e9},
-    cpu_adamw_loaded={"fp32": 3.82e9, "8bit": 6.43e9},
-    gpu_adamw={"fp32": 115e9, "8bit": 191e9},
+    cpu_update={"fp32": 6.24e9, "8bit": 8.55e9},
+    cpu_update_loaded={"fp32": 3.82e9, "8bit": 6.43e9},
+    gpu_update={"fp32": 115e9, "8bit": 191e9},
     gpu_copy=2977 * GB,
     bf16_flops=726e12,
     fp32_flops=51.7e12,
@@ -270,7 +271,7 @@ def estimate(*, gpu: str | None, gpu_bytes: int, ram_bytes: int, cores: int) -> 
         return _without_gpu(ram_bytes, cores)
     name, near = _nearest(gpu, gpu_bytes, ram_bytes)
     most = {"fp32": cores * _CORE_BANDWIDTH / _UPDATE_BYTES["fp32"], "8bit": cores * _CORE_8BIT_UPDATES}
-    share = {key: min(1.0, most[key] / rate) for key, rate in near.cpu_adamw.items()}
+    share = {key: min(1.0, most[key] / rate) for key, rate in near.cpu_update.items()}
     return dataclasses.replace(
         near,
         name=f"{gpu}, {cores} cores (after the preset {name})",
@@ -279,8 +280,8 @@ def estimate(*, gpu: str | None, gpu_bytes: int, ram_bytes: int, cores: int) -> 
         ram_bytes=ram_bytes,
         cores=cores,
         ram_copy=min(near.ram_copy, cores * _CORE_BANDWIDTH),
-        cpu_adamw={key: share[key] * rate for key, rate in near.cpu_adamw.items()},
-        cpu_adamw_loaded={key: share[key] * rate for key, rate in near.cpu_adamw_loaded.items()},
+        cpu_update={key: share[key] * rate for key, rate in near.cpu_update.items()},
+        cpu_update_loaded={key: share[key] * rate for key, rate in near.cpu_update_loaded.items()},
         disk_bytes=None,
         disk_read=None,
         disk_write=None,
@@ -332,7 +333,7 @@ def _without_gpu(ram_bytes: int, cores: int) -> Hardware:
     host = _desktop(64, 3200e6)
     ram = min(_RAM_SHARE * host.bandwidth, cores * _CORE_BANDWIDTH)
     copy = ram * _RAM_COPY_SHARE / _RAM_SHARE
-    adamw = {
+    updates = {
         "fp32": ram / _UPDATE_BYTES["fp32"],
         "8bit": min(ram / _UPDATE_BYTES["8bit"], cores * _CORE_8BIT_UPDATES),
     }
@@ -347,9 +348,9 @@ def _without_gpu(ram_bytes: int, cores: int) -> Hardware:
         d2h=copy / 2,
         duplex=copy / 2,
         ram_copy=copy,
-        cpu_adamw=adamw,
-        cpu_adamw_loaded={key: rate / 2 for key, rate in adamw.items()},
-        gpu_adamw=adamw,
+        cpu_update=updates,
+        cpu_update_loaded={key: rate / 2 for key, rate in updates.items()},
+        gpu_update=updates,
         gpu_copy=copy,
         bf16_flops=_MATRIX_SHARE * _CORE_FLOPS * cores,
         fp32_flops=_MATRIX_SHARE * _CORE_FLOPS * cores,

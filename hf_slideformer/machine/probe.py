@@ -229,7 +229,7 @@ def _measure(device: torch.device, sizes: ProbeSizes, threads: int) -> dict[str,
     if device.type == "cuda":
         rates |= _gpu_rates(device, sizes)
     else:
-        rates |= {"gpu_adamw": dict(rates["cpu_adamw"]), "gpu_copy": rates["ram_copy"]}
+        rates |= {"gpu_update": dict(rates["cpu_update"]), "gpu_copy": rates["ram_copy"]}
     rates["bf16_flops"] = _matrix_flops(device, torch.bfloat16, sizes)
     rates["fp32_flops"] = _matrix_flops(device, torch.float32, sizes)
     return rates
@@ -253,8 +253,8 @@ def _link_and_cpu_rates(device: torch.device, sizes: ProbeSizes, threads: int) -
         "h2d": h2d,
         "d2h": d2h,
         "duplex": max(both, h2d, d2h),  # what carries both at once carries one, whatever the noise says
-        "cpu_adamw": alone,
-        "cpu_adamw_loaded": loaded,
+        "cpu_update": alone,
+        "cpu_update_loaded": loaded,
         "ram_copy": ram_copy,
         "notes": ("pinning RAM was refused, so links were measured with pageable memory",) if refused else (),
     }
@@ -262,11 +262,11 @@ def _link_and_cpu_rates(device: torch.device, sizes: ProbeSizes, threads: int) -
 
 def _gpu_rates(device: torch.device, sizes: ProbeSizes) -> dict[str, Any]:
     state = _State(sizes.update_numel, device)
-    adamw = {
+    updates = {
         name: sizes.update_numel / _gpu_seconds(update, sizes.seconds)
         for name, update in state.updates(None).items()
     }
-    return {"gpu_adamw": adamw, "gpu_copy": state.copy_bytes / _gpu_seconds(state.copy, sizes.seconds)}
+    return {"gpu_update": updates, "gpu_copy": state.copy_bytes / _gpu_seconds(state.copy, sizes.seconds)}
 
 
 class _Direction:

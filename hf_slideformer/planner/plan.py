@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from ..errors import PlanError
-from ..memory.layout import EIGHT_BIT_MOMENTS
+from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS
 from .memory import Item, MemoryModel, gpu_reserve_bytes
 from .timeline import Prediction
 from .workload import Budgets, Decisions, Workload
@@ -24,6 +24,9 @@ __all__ = [
 
 GIB = 2**30
 
+# What a plan's headline says of moments, by the name of their format; of others it says the name.
+_SHOWN_MOMENTS = {"none": "", FP32_MOMENTS.name: "", EIGHT_BIT_MOMENTS.name: "; 8-bit moments"}
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -33,7 +36,7 @@ class Plan:
         items: what each tier holds when it holds most in training; their sum is the predicted peak. Without a profile
             activations and temporary memory of kernels come on top on the GPU.
         update: "deferred", "overlapped", or "none" (no optimizer).
-        moments: "fp32", "8bit", or "none" (no optimizer).
+        moments: name of their format ("fp32", "8bit"), or "none" (no optimizer).
         units: number of streamed units.
         slots: number of GPU slots they take turns in.
         host_params: parameters in streamed units.
@@ -119,7 +122,7 @@ class Plan:
         )
         stay = len(self.decisions.resident)
         staying = f"{_units(stay)} {'stays' if stay == 1 else 'stay'} on the GPU; " if stay else ""
-        moments = "; 8-bit moments" if self.moments == EIGHT_BIT_MOMENTS.name else ""
+        moments = _SHOWN_MOMENTS.get(self.moments, f" ({self.moments})")
         return (
             f"{streamed}; {staying}{self.resident_params / 1e6:,.1f} M parameters are resident; "
             f"{self._on_disk()}{self._activations()}updates: {self.update}{moments}"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from ..errors import PlanError
 from ..machine.hardware import Hardware
 from ..machine.presets import disk_rates
-from ..memory.layout import EIGHT_BIT_MOMENTS
+from ..memory.layout import EIGHT_BIT_MOMENTS, FP32_MOMENTS
 from .memory import MemoryModel, missing_bytes
 from .plan import (
     Plan,
@@ -228,9 +228,10 @@ class _Search:
 
         They are spread evenly over forward, so that the disk works while other units are updated and computed.
         """
-        in_ram, on_disk = self.memory.ram_state, self.memory.disk_state
+        in_ram = [unit.ram_state for unit in self.memory.units]
+        on_disk = [unit.disk_state for unit in self.memory.units]
         resident = set(decisions.resident)
-        # A frozen unit may have no such state.
+        # A frozen unit may have no such state, nor one that is trained in fp32 without moments.
         units = [unit for unit, nbytes in enumerate(on_disk) if nbytes and unit not in resident]
         if not units:
             return decisions
@@ -515,7 +516,7 @@ def _changes(question: _Question) -> Iterator[tuple[str, Callable[[_Question], _
             "max_grad_norm=0" + (" and gradient_accumulation_steps=1" if more else ""),
             lambda asked: asked.with_workload(overlapped=True, micro_batches=1),
         )
-    if workload.training and workload.moments is not EIGHT_BIT_MOMENTS:
+    if workload.training and workload.moments is FP32_MOMENTS:
         yield "optimizer_states='8bit'", lambda asked: asked.with_workload(moments=EIGHT_BIT_MOMENTS)
     profile = workload.profile
     if question.profile_for is not None and profile is not None and profile.batch_size > 1:
@@ -576,7 +577,7 @@ def advise(
     if placement != "auto" or activations != "auto":
         auto = replace(question, placement="auto", activations="auto")
         consider("placement='auto' and activations='auto'", auto)
-    if workload.moments is not EIGHT_BIT_MOMENTS:
+    if workload.moments is FP32_MOMENTS:
         consider(
             "optimizer_states='8bit' (other results than with fp32 moments)",
             question.with_workload(moments=EIGHT_BIT_MOMENTS),

@@ -21,16 +21,18 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from ..machine.hardware import Hardware
+from ..machine.hardware import Hardware, update_rate
 from ..machine.presets import disk_rates
+from ..memory.layout import FP32_MOMENTS, MomentFormat, ParamSpec, UnitLayout
 from ..memory.limits import COPIES_IN_FLIGHT
 from .memory import disk_layout
+from .profile import UnitProfile
 from .workload import Decisions, Workload
 
 COMPUTE = "GPU compute"
@@ -70,8 +72,8 @@ _LAUNCH_STEP_S = 15e-3
 # Update of a resident unit: a kernel for each parameter (estimate).
 _LAUNCH_UPDATE_S = 0.5e-3
 
-# The CPU's update against the probe's, by format of moments, and the part of copies beside it that it really meets;
-# fitted to the same rows. Why training updates faster than the probe does is not known.
+# The CPU's update against the probe's, by format of moments (others are taken to be like fp32), and the part of copies
+# beside it that it really meets; fitted to the same rows. Why training updates faster than the probe does is not known.
 _UPDATE_SHARE = {"fp32": 1.10, "8bit": 1.03}
 _COPIES_MET = 0.8
 
@@ -105,41 +107,149 @@ class Prediction:
     waits_s: Mapping[str, float]
 
 
-@dataclass(slots=True)
-class Durations:
-    """Seconds of each piece of work of a step, before anything waits; lists are by unit.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rates:
+    """What training reaches of a machine's rates: bytes, parameters or operations a second."""
 
-    `compute_speed`, `link_speed`, `update_speed`, `launch_speed` and `disk_speed` of `of` say what if a resource were
-    that many times faster.
+    bf16_products: float
+    fp32_products: float
+    traffic: float  # of the GPU's other operations
+    h2d: float
+    d2h: float
+    cpu_update: float
+    fp32_update: float  # by the CPU, with fp32 moments
+    gpu_update: float
+    disk_read: float
+    disk_write: float
+
+    @classmethod
+    def of(
+        cls,
+        hardware: Hardware,
+        moments: MomentFormat,
+        *,
+        compute_speed: float,
+        link_speed: float,
+        update_speed: float,
+        disk_speed: float,
+    ) -> _Rates:
+        """Those of a machine of which a resource is so many times faster."""
+        read, write = disk_rates(hardware)
+        fitted = _UPDATE_SHARE.get(moments.name, _UPDATE_SHARE[FP32_MOMENTS.name])
+        return cls(
+            bf16_products=hardware.bf16_flops * _PRODUCT_SHARE * compute_speed,
+            fp32_products=hardware.fp32_flops * _PRODUCT_SHARE * compute_speed,
+            traffic=hardware.gpu_copy * _COPY_SHARE * compute_speed,
+            h2d=hardware.h2d * link_speed,
+            d2h=hardware.d2h * link_speed,
+            cpu_update=fitted * update_rate(hardware.cpu_update, moments) * update_speed,
+            fp32_update=update_rate(hardware.cpu_update, FP32_MOMENTS) * update_speed,
+            gpu_update=update_rate(hardware.gpu_update, moments) * compute_speed,
+            disk_read=read * disk_speed,
+            disk_write=write * disk_speed,
+        )
+
+    def products(self, specs: Sequence[ParamSpec]) -> float:
+        """Of matrix products with these parameters."""
+        return self.fp32_products if _main_dtype(specs) == torch.float32 else self.bf16_products
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitTimes:
+    """Seconds of each piece of one unit's work, before anything waits.
+
+    Attributes:
+        forward, backward: on the GPU; `backward` without its `recompute`.
+        recompute: on the GPU, what backward begins with where activations were not kept.
+        weights: to the GPU on an idle link; `Durations.busy_link` times as long while the other direction is used too.
+        gradients: to RAM, likewise.
+        inputs: either way, likewise.
+        update: by the CPU.
+        summing: of a micro-batch's gradients to their sums, by the CPU.
+        gpu_update: by the GPU.
+        disk_read, disk_write: of residuals and moments.
+        whole_read: of these, weights, and gradients that wait.
+        whole_write: of these and weights.
+        fetch_read: of weights.
+        gradients_wait: of gradients to the disk, and from there of what they are added to.
+        input_read, input_write: of the input.
+    """
+
+    forward: float
+    backward: float
+    recompute: float
+    weights: float
+    gradients: float
+    inputs: float
+    update: float
+    summing: float
+    gpu_update: float
+    disk_read: float
+    disk_write: float
+    whole_read: float
+    whole_write: float
+    fetch_read: float
+    gradients_wait: float
+    input_read: float
+    input_write: float
+
+    @classmethod
+    def of(cls, workload: Workload, layout: UnitLayout, profile: UnitProfile, rates: _Rates) -> UnitTimes:
+        """Those of the unit of a workload that has this layout and profile."""
+        products_rate = rates.products([segment.spec for segment in layout.segments])
+        rest = profile.forward_traffic / rates.traffic
+        products = (profile.forward_flops - profile.attention_flops) / products_rate
+        attention = profile.attention_flops / (products_rate * _ATTENTION_SHARE)
+        not_repeated = (1 - profile.recompute_share) * profile.forward_flops / products_rate
+        trained = layout.trainable_numel
+        file, read, write = disk_layout(workload, layout), rates.disk_read, rates.disk_write
+        return cls(
+            forward=products + attention + rest,
+            backward=_BACKWARD_FLOPS * products + _BACKWARD_ATTENTION * attention + _BACKWARD_TRAFFIC * rest,
+            recompute=max(0.0, products - not_repeated) + attention + rest,
+            weights=layout.weight_bytes / rates.h2d,
+            gradients=layout.grad_bytes / rates.d2h,
+            inputs=profile.boundary_bytes / rates.d2h,
+            update=trained / rates.cpu_update,
+            summing=_SUM_PER_UPDATE * trained / rates.fp32_update,
+            gpu_update=trained / rates.gpu_update,
+            disk_read=file.nbytes / read,
+            disk_write=file.nbytes / write,
+            whole_read=file.masters_and_gradients[1] / read,
+            whole_write=file.masters[1] / write,
+            fetch_read=file.weight_bytes / read,
+            gradients_wait=file.grad_bytes / write + (file.grad_bytes / read if workload.fp32_sums else 0.0),
+            input_read=profile.boundary_bytes / read,
+            input_write=profile.boundary_bytes / write,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Durations:
+    """Seconds of each piece of work of a step, before anything waits.
+
+    Attributes:
+        micro_batches, overlapped: as in `Workload`.
+        units: in forward order.
+        loss: everything after the last unit, both ways.
+        busy_link: how many times as long a copy takes while the other direction is used too.
+        slowdown: of the update, by a second of copying beside it on an idle link.
+        gpu_update_outside: of what is outside of units, by the GPU.
+        outside_gradients, outside_update, outside_weights: of what is outside of units, to RAM, there, and back.
+        launch: of kernels, against what was measured.
     """
 
     micro_batches: int
     overlapped: bool
-    forward: list[float]
-    backward: list[float]
-    recompute: list[float]
+    units: list[UnitTimes]
     loss: float
-    weights: list[float]  # on an idle link; `busy_link` times as long while the other direction is used too
-    gradients: list[float]
-    inputs: list[float]
     busy_link: float
-    update: list[float]
-    summing: list[float]
-    slowdown: float  # of the update, by a second of copying beside it on an idle link
-    gpu_update: list[float]
+    slowdown: float
     gpu_update_outside: float
     outside_gradients: float
     outside_weights: float
     outside_update: float
-    disk_read: list[float]  # of a unit's residuals and moments
-    disk_write: list[float]
-    whole_read: list[float]  # with weights, and gradients that wait
-    whole_write: list[float]  # with weights
-    fetch_read: list[float]  # of weights
-    gradients_wait: list[float]  # to the disk, and from there what they are added to
-    input_read: list[float]
-    input_write: list[float]
-    launch: float = 1.0
+    launch: float
 
     @classmethod
     def of(
@@ -153,112 +263,82 @@ class Durations:
         launch_speed: float = 1.0,
         disk_speed: float = 1.0,
     ) -> Durations:
-        """Durations of a workload that has a profile."""
-        profile, layouts, moments = workload.profile, workload.layouts, workload.moments.name
+        """Durations of a workload that has a profile, on a machine of which a resource is so many times faster."""
+        profile, layouts, moments = workload.profile, workload.layouts, workload.moments
         assert profile is not None, "times need a profile"
-        traffic_rate = hardware.gpu_copy * _COPY_SHARE * compute_speed
-
-        def product_rate(dtype: torch.dtype) -> float:
-            rate = hardware.fp32_flops if dtype == torch.float32 else hardware.bf16_flops
-            return rate * _PRODUCT_SHARE * compute_speed
-
-        dtypes = [_main_dtype([segment.spec for segment in layout.segments]) for layout in layouts]
-        forward, backward, recompute = [], [], []
-        for unit, dtype in zip(profile.units, dtypes, strict=True):
-            rate, rest = product_rate(dtype), unit.forward_traffic / traffic_rate
-            products = (unit.forward_flops - unit.attention_flops) / rate
-            attention = unit.attention_flops / (rate * _ATTENTION_SHARE)
-            forward.append(products + attention + rest)
-            not_repeated = (1 - unit.recompute_share) * unit.forward_flops / rate
-            recompute.append(max(0.0, products - not_repeated) + attention + rest)
-            backward.append(
-                _BACKWARD_FLOPS * products + _BACKWARD_ATTENTION * attention + _BACKWARD_TRAFFIC * rest
-            )
-        head = product_rate(_main_dtype(workload.outside))
+        rates = _Rates.of(
+            hardware,
+            moments,
+            compute_speed=compute_speed,
+            link_speed=link_speed,
+            update_speed=update_speed,
+            disk_speed=disk_speed,
+        )
         trainable = [spec for spec in workload.outside if spec.trainable]
         outside_bytes = sum(spec.numel * spec.dtype.itemsize for spec in trainable)
         outside_grads = sum(
             spec.numel * (4 if workload.fp32_sums else spec.dtype.itemsize) for spec in trainable
         )
         outside_numel = sum(spec.numel for spec in trainable)
-        h2d, d2h = hardware.h2d * link_speed, hardware.d2h * link_speed
-        cpu = _UPDATE_SHARE[moments] * hardware.cpu_adamw[moments] * update_speed
-        gpu = hardware.gpu_adamw[moments] * compute_speed
-        read, write = disk_rates(hardware)
-        places = [disk_layout(workload, layout) for layout in layouts]
-        read, write = read * disk_speed, write * disk_speed
         # While copies run both ways the update is slowed from one measured rate to the other; so each second of copying
         # costs it a part of a second.
-        loaded = min(1.0, hardware.cpu_adamw_loaded[moments] / hardware.cpu_adamw[moments])
+        alone, beside = (
+            update_rate(known, moments) for known in (hardware.cpu_update, hardware.cpu_update_loaded)
+        )
+        loaded = min(1.0, beside / alone)
         return cls(
             micro_batches=workload.micro_batches,
             overlapped=workload.overlapped,
-            forward=forward,
-            backward=backward,
-            recompute=recompute,
-            loss=profile.loss_flops / head + profile.loss_traffic / traffic_rate,
-            weights=[layout.weight_bytes / h2d for layout in layouts],
-            gradients=[layout.grad_bytes / d2h for layout in layouts],
-            inputs=[unit.boundary_bytes / d2h for unit in profile.units],
+            units=[
+                UnitTimes.of(workload, layout, unit, rates)
+                for layout, unit in zip(layouts, profile.units, strict=True)
+            ],
+            loss=profile.loss_flops / rates.products(workload.outside) + profile.loss_traffic / rates.traffic,
             busy_link=max(1.0, (hardware.h2d + hardware.d2h) / hardware.duplex),
-            update=[layout.trainable_numel / cpu for layout in layouts],
-            summing=[
-                _SUM_PER_UPDATE * layout.trainable_numel / (hardware.cpu_adamw["fp32"] * update_speed)
-                for layout in layouts
-            ],
             slowdown=_COPIES_MET * (1 - loaded) * hardware.h2d / hardware.duplex * link_speed / update_speed,
-            gpu_update=[layout.trainable_numel / gpu for layout in layouts],
-            gpu_update_outside=outside_numel / gpu,
-            outside_gradients=outside_grads / d2h,
-            outside_weights=outside_bytes / h2d,
-            outside_update=outside_numel / cpu,
-            disk_read=[place.nbytes / read for place in places],
-            disk_write=[place.nbytes / write for place in places],
-            whole_read=[place.masters_and_gradients[1] / read for place in places],
-            whole_write=[place.masters[1] / write for place in places],
-            fetch_read=[place.weight_bytes / read for place in places],
-            gradients_wait=[
-                place.grad_bytes / write + (place.grad_bytes / read if workload.fp32_sums else 0.0)
-                for place in places
-            ],
-            input_read=[unit.boundary_bytes / read for unit in profile.units],
-            input_write=[unit.boundary_bytes / write for unit in profile.units],
+            gpu_update_outside=outside_numel / rates.gpu_update,
+            outside_gradients=outside_grads / rates.d2h,
+            outside_weights=outside_bytes / rates.h2d,
+            outside_update=outside_numel / rates.cpu_update,
             launch=1.0 / launch_speed,
         )
 
 
 @dataclass(slots=True)
 class _Load:
-    """What decisions make of durations."""
+    """What decisions make of durations. `backward` and `update` are by unit: with what is recomputed, and as slow as
+    copies beside it make it.
+    """
 
-    forward: list[float]
-    backward: list[float]
     streamed: list[int]
     forward_link: float
     backward_link: float
+    backward: list[float]
     update: list[float]
     busy: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, times: Durations, decisions: Decisions, pageable: float) -> _Load:
-        resident, activations = set(decisions.resident), decisions.activations
-        units = range(len(times.forward))
-        streamed = [unit for unit in units if unit not in resident]
+        units, resident, activations = times.units, set(decisions.resident), decisions.activations
+        streamed = [k for k in range(len(units)) if k not in resident]
         keeps = [policy == "keep" for policy in activations]
-        offloaded = [unit for unit in units if activations[unit] == "offload"]
-        backward = [times.backward[k] + (0.0 if keeps[k] else times.recompute[k]) for k in units]
+        offloaded = [unit for unit, policy in zip(units, activations, strict=True) if policy == "offload"]
+        backward = [
+            unit.backward + (0.0 if keep else unit.recompute) for unit, keep in zip(units, keeps, strict=True)
+        ]
         slower = 1.0 + pageable * (PAGEABLE_FACTOR - 1.0)
         both = slower * times.busy_link
         fetched_again = streamed[: max(0, len(streamed) - decisions.slots)]
 
-        inputs = sum(times.inputs[unit] for unit in offloaded)
-        to_gpu = sum(times.weights[k] for k in streamed)
-        again = sum(times.weights[k] for k in fetched_again)
-        gradients = sum(times.gradients[k] for k in streamed)
+        moving = [units[k] for k in streamed]
+        inputs = sum(unit.inputs for unit in offloaded)
+        to_gpu = sum(unit.weights for unit in moving)
+        again = sum(units[k].weights for k in fetched_again)
+        gradients = sum(unit.gradients for unit in moving)
         # Copies that run while the worker updates: those of forward, or those of the whole step.
         beside = to_gpu + inputs + ((again + inputs + gradients) if times.overlapped else 0.0)
-        update = [times.update[k] for k in units]
-        total = sum(update[k] for k in streamed)
+        update = [unit.update for unit in units]
+        total = sum(unit.update for unit in moving)
         if total:
             share = times.slowdown * beside / total
             update = [seconds * (1 + share) for seconds in update]
@@ -267,43 +347,46 @@ class _Load:
         whole, refetched = set(decisions.weights_on_disk), set(fetched_again)
         outside = decisions.outside_state == "RAM"
         launch_backward = sum(_LAUNCH_KEPT_BACKWARD_S if keep else _LAUNCH_BACKWARD_S for keep in keeps)
-        load = cls(
-            forward=times.forward,
-            backward=backward,
-            streamed=streamed,
-            forward_link=both if offloaded else slower,
-            backward_link=both if streamed else slower,
-            update=update,
-        )
-        load.busy = {
-            COMPUTE: m * (sum(times.forward) + sum(backward) + times.loss)
-            + sum(times.gpu_update[k] for k in resident)
+
+        def disk_s(k: int) -> float:
+            unit = units[k]
+            if k not in whole:
+                return unit.disk_read + unit.disk_write
+            return (
+                unit.whole_read
+                + unit.whole_write
+                + m * ((1 + (k in refetched)) * unit.fetch_read + unit.gradients_wait)
+                + (m * (unit.input_read + unit.input_write) if activations[k] == "offload" else 0.0)
+            )
+
+        busy = {
+            COMPUTE: m * (sum(unit.forward for unit in units) + sum(backward) + times.loss)
+            + sum(units[k].gpu_update for k in resident)
             + (0.0 if outside else times.gpu_update_outside),
             H2D: m * ((to_gpu + inputs) * slower + again * slower)
             + (times.outside_weights * slower if outside else 0.0),
             D2H: m * (gradients + inputs) * slower + (times.outside_gradients * slower if outside else 0.0),
             UPDATE: sum(update[k] for k in streamed)
             + (times.outside_update if outside else 0.0)
-            + (m * sum(times.summing[k] for k in streamed) if m > 1 else 0.0),
+            + (m * sum(unit.summing for unit in moving) if m > 1 else 0.0),
             LAUNCH: times.launch
             * (
-                m * (len(times.forward) * _LAUNCH_FORWARD_S + launch_backward + _LAUNCH_LOSS_S)
+                m * (len(units) * _LAUNCH_FORWARD_S + launch_backward + _LAUNCH_LOSS_S)
                 + m * (len(streamed) + len(fetched_again)) * _LAUNCH_FETCH_S
                 + m * len(streamed) * _LAUNCH_SEND_S
                 + _LAUNCH_STEP_S
                 + len(resident) * _LAUNCH_UPDATE_S
             ),
-            DISK: sum(
-                times.whole_read[k]
-                + times.whole_write[k]
-                + m * ((1 + (k in refetched)) * times.fetch_read[k] + times.gradients_wait[k])
-                + (m * (times.input_read[k] + times.input_write[k]) if activations[k] == "offload" else 0.0)
-                if k in whole
-                else times.disk_read[k] + times.disk_write[k]
-                for k in decisions.on_disk
-            ),
+            DISK: sum(map(disk_s, decisions.on_disk)),
         }
-        return load
+        return cls(
+            streamed=streamed,
+            forward_link=both if offloaded else slower,
+            backward_link=both if streamed else slower,
+            backward=backward,
+            update=update,
+            busy=busy,
+        )
 
 
 def shortest_step_s(times: Durations, decisions: Decisions, pageable: float = 0.0) -> float:
@@ -316,13 +399,15 @@ def shortest_step_s(times: Durations, decisions: Decisions, pageable: float = 0.
         after = load.streamed[-1]
         update = sum(load.update[k] for k in load.streamed)
         backward = times.loss + sum(load.backward)
-        bound = max(bound, update + sum(load.forward[after:]) + backward)
+        forward = [unit.forward for unit in times.units]
+        bound = max(bound, update + sum(forward[after:]) + backward)
         if decisions.on_disk:
             # All are read, and those whose buffers are needed again are written.
-            written = sorted(times.disk_write[k] for k in decisions.on_disk)
-            disk = sum(times.disk_read[k] for k in decisions.on_disk)
+            on_disk = [times.units[k] for k in decisions.on_disk]
+            written = sorted(unit.disk_write for unit in on_disk)
+            disk = sum(unit.disk_read for unit in on_disk)
             disk += sum(written[: max(0, len(written) - decisions.disk_buffers)])
-            bound = max(bound, disk + sum(load.forward[max(decisions.on_disk) :]) + backward)
+            bound = max(bound, disk + sum(forward[max(decisions.on_disk) :]) + backward)
     return bound
 
 
@@ -371,7 +456,7 @@ def predict(
     )
 
 
-def _main_dtype(specs) -> torch.dtype:
+def _main_dtype(specs: Sequence[ParamSpec]) -> torch.dtype:
     """The dtype of most parameters."""
     numel: dict[torch.dtype, int] = {}
     for spec in specs:
@@ -476,12 +561,12 @@ class _Step:
 
     def __init__(self, load: _Load, times: Durations, decisions: Decisions) -> None:
         self.load, self.times, self.decisions = load, times, decisions
-        units = range(len(load.forward))
-        self.is_streamed = [False] * len(load.forward)
+        units = self.units = times.units
+        self.is_streamed = [False] * len(units)
         for unit in load.streamed:
             self.is_streamed[unit] = True
         self.offloads = [policy == "offload" for policy in decisions.activations]
-        self.offloaded = [unit for unit in units if self.offloads[unit]]
+        self.offloaded = [unit for unit, offloads in enumerate(self.offloads) if offloads]
         self.launch_forward = _LAUNCH_FORWARD_S * times.launch
         self.launch_backward = [
             (_LAUNCH_KEPT_BACKWARD_S if policy == "keep" else _LAUNCH_BACKWARD_S) * times.launch
@@ -491,7 +576,7 @@ class _Step:
         self.host = self.compute = self.h2d = self.d2h = self.issued = 0.0
         self.worker = _Worker(decisions.staging_buffers, decisions.disk_buffers)
         self.on_disk, self.whole = set(decisions.on_disk), set(decisions.weights_on_disk)
-        self.pending = [False] * len(load.forward)
+        self.pending = [False] * len(units)
         # Slots: the unit in each, when its copy lands, what that waited for, when the slot may be overwritten.
         self.holds: list[int | None] = [None] * decisions.slots
         self.landed = [0.0] * decisions.slots
@@ -505,7 +590,7 @@ class _Step:
         self.gradients_written = 0.0
         self.link = load.forward_link
         # When each offloaded input is where it waits.
-        self.stored = [0.0] * len(load.forward)
+        self.stored = [0.0] * len(units)
         self.waits = {UPDATE: 0.0, LINK: 0.0, LAUNCH: 0.0, DISK: 0.0}
 
     # -- weights ---------------------------------------------------------------------------------------------
@@ -536,10 +621,10 @@ class _Step:
         self.issued = max(self.issued, self.host, updated)
         start = max(self.h2d, self.issued, self.released[slot])
         if unit in self.whole:
-            read = self._use_disk(self.issued, self.times.fetch_read[unit])
+            read = self._use_disk(self.issued, self.units[unit].fetch_read)
             if read > start:
                 start, updated, by = read, read, DISK
-        self.h2d = start + self.times.weights[unit] * self.link
+        self.h2d = start + self.units[unit].weights * self.link
         self.uses += 1
         self.holds[slot], self.last_use[slot] = unit, self.uses
         self.landed[slot], self.copy_issued[slot] = self.h2d, self.issued
@@ -582,7 +667,7 @@ class _Step:
         position = 0
         leaving: list[float] = []
         self.host += _LAUNCH_LOSS_S * self.times.launch
-        for unit, seconds in enumerate(load.forward):
+        for unit, times in enumerate(self.units):
             ready = updated = 0.0
             by = UPDATE
             slot = -1
@@ -591,26 +676,26 @@ class _Step:
                 ready, updated, by = self.landed[slot], self.updated[slot], self.updated_by[slot]
                 position += 1
             if self.offloads[unit]:
-                self.d2h = max(self.d2h, self.compute) + self.times.inputs[unit] * self.link
+                self.d2h = max(self.d2h, self.compute) + times.inputs * self.link
                 self.stored[unit] = self.d2h
                 if unit in self.whole:
-                    self.stored[unit] = self._use_disk(self.d2h, self.times.input_write[unit])
+                    self.stored[unit] = self._use_disk(self.d2h, times.input_write)
                 leaving.append(self.d2h)
                 if len(leaving) > COPIES_IN_FLIGHT:
                     ready = max(ready, leaving[-1 - COPIES_IN_FLIGHT])
-            self.run(seconds, ready, self.launch_forward, updated=updated, by=by)
+            self.run(times.forward, ready, self.launch_forward, updated=updated, by=by)
             if slot >= 0:
                 self.released[slot] = self.compute
 
     def backward(self) -> None:
-        load, streamed, times = self.load, self.load.streamed, self.times
+        load, streamed = self.load, self.load.streamed
         self.link = load.backward_link
         depth = self.decisions.slots - 1
         position = len(streamed)
         moving: list[tuple[float, float, str]] = []
         coming: dict[int, float] = {}
         inputs = self.offloaded[::-1]
-        for unit in range(len(load.backward) - 1, -1, -1):
+        for unit in reversed(range(len(self.units))):
             ready = 0.0
             slot = -1
             if self.is_streamed[unit]:
@@ -622,8 +707,8 @@ class _Step:
                     first = inputs.pop(0)
                     there = max(self.host, self.stored[first])
                     if first in self.whole:
-                        there = self._use_disk(there, times.input_read[first])
-                    self.h2d = max(self.h2d, there) + times.inputs[first] * self.link
+                        there = self._use_disk(there, self.units[first].input_read)
+                    self.h2d = max(self.h2d, there) + self.units[first].inputs * self.link
                     coming[first] = self.h2d
                 ready = max(ready, coming.pop(unit))
             self.run(load.backward[unit], ready, self.launch_backward[unit])
@@ -637,27 +722,27 @@ class _Step:
 
     def _send_gradients(self, unit: int) -> tuple[float, float, str]:
         """When the copy of a unit's gradients is handed to the link, when it lands, and whom a staging buffer kept."""
+        times = self.units[unit]
         self.host += _LAUNCH_SEND_S * self.times.launch
         free, by = self.worker.take_staging() if self.staged else (0.0, UPDATE)
         issued = max(self.host, free)
-        self.d2h = max(self.d2h, self.compute, issued) + self.times.gradients[unit] * self.link
+        self.d2h = max(self.d2h, self.compute, issued) + times.gradients * self.link
         if unit in self.whole and not self.times.overlapped:
-            self.gradients_written = self._use_disk(self.d2h, self.times.gradients_wait[unit])
+            self.gradients_written = self._use_disk(self.d2h, times.gradients_wait)
         if self.times.overlapped:
             self._submit_update(unit, self.d2h, staged=True)
         elif self.staged:  # sums go before updates
-            self.worker.submit(_Job(self.d2h, -1, self.times.summing[unit], ("sum", unit), staged=True))
+            self.worker.submit(_Job(self.d2h, -1, times.summing, ("sum", unit), staged=True))
         return issued, self.d2h, by
 
     def _submit_update(self, unit: int, ready: float, *, staged: bool = False) -> None:
         job = _Job(ready, unit, self.load.update[unit], ("update", unit), staged)
         if unit in self.on_disk:
-            times = self.times
-            whole = unit in self.whole
+            times, whole = self.units[unit], unit in self.whole
             read, write = (
                 (times.whole_read, times.whole_write) if whole else (times.disk_read, times.disk_write)
             )
-            job = job._replace(asked=self.host, read=read[unit], write=write[unit])
+            job = job._replace(asked=self.host, read=read, write=write)
         self.worker.submit(job)
         self.pending[unit] = True
 
@@ -689,7 +774,7 @@ class _Step:
         if not times.overlapped:
             for unit in load.streamed:
                 self._submit_update(unit, self.host)
-        seconds = sum(times.gpu_update[unit] for unit in resident)
+        seconds = sum(self.units[unit].gpu_update for unit in resident)
         if self.decisions.outside_state == "RAM":
             self.d2h = max(self.d2h, self.compute) + times.outside_gradients
             self.worker.submit(_Job(self.d2h, -1, times.outside_update, ("outside", 0)))

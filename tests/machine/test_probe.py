@@ -66,7 +66,7 @@ def _check(machine, device):
     rates = _rates(machine)
     assert all(0 < rate < math.inf for rate in rates.values()), rates
     assert max(machine.h2d, machine.d2h) <= machine.duplex
-    assert all(machine.cpu_adamw_loaded[key] <= machine.cpu_adamw[key] for key in UPDATE_FORMATS)
+    assert all(machine.cpu_update_loaded[key] <= machine.cpu_update[key] for key in UPDATE_FORMATS)
     assert Hardware.from_dict(json.loads(json.dumps(machine.as_dict()))) == machine
     assert (machine.gpu is None) == (device.type == "cpu")
 
@@ -77,7 +77,7 @@ def test_probe_without_a_gpu(disk, monkeypatch):
     random_state = torch.get_rng_state()
     machine = probe("cpu", disk, sizes=TINY)
     _check(machine, CPU)
-    assert machine.gpu_bytes == machine.ram_bytes and machine.gpu_adamw == machine.cpu_adamw
+    assert machine.gpu_bytes == machine.ram_bytes and machine.gpu_update == machine.cpu_update
     assert machine.disk_read > 0 and machine.disk_write > 0
     assert machine.disk_duplex is None or machine.disk_duplex > 0  # None: the file system refuses O_DIRECT
     assert list(disk.iterdir()) == []
@@ -99,7 +99,7 @@ def test_probe_of_a_gpu(disk):
     _check(machine, device)
     # A GPU that is worth streaming to; a rate of launches instead of work would be below these.
     assert machine.gpu_copy > machine.ram_copy and machine.gpu_copy > machine.duplex
-    assert all(machine.gpu_adamw[key] > machine.cpu_adamw[key] for key in UPDATE_FORMATS)
+    assert all(machine.gpu_update[key] > machine.cpu_update[key] for key in UPDATE_FORMATS)
     assert machine.bf16_flops > machine.fp32_flops > 1e12
     assert machine.gpu_bytes == torch.cuda.get_device_properties(device).total_memory
 
@@ -109,7 +109,7 @@ def test_rates_are_amounts_by_time(monkeypatch):
     now = iter(i * 0.5 for i in range(10**6))
     monkeypatch.setattr(probe_module.time, "perf_counter", lambda: next(now))
     machine = probe("cpu", sizes=TINY)
-    assert machine.cpu_adamw == dict.fromkeys(UPDATE_FORMATS, TINY.update_numel / 0.5)
+    assert machine.cpu_update == dict.fromkeys(UPDATE_FORMATS, TINY.update_numel / 0.5)
     assert machine.ram_copy == 2 * 4 * TINY.update_numel / 0.5
     assert machine.h2d == 4 * TINY.link_bytes / 0.5
     assert machine.duplex == 2 * machine.h2d
@@ -306,9 +306,9 @@ def _described(**changes):
         ({"cores": 2.5}, "cores must be a whole number"),
         ({"gpu_bytes": 0}, "gpu_bytes must be positive"),
         ({"disk_read": 0}, "disk_read must be positive"),
-        ({"cpu_adamw": {"fp32": 1e9}}, "cpu_adamw must have one rate each for fp32, 8bit"),
-        ({"cpu_adamw": 1e9}, "cpu_adamw must have one rate each"),
-        ({"gpu_adamw": {"fp32": 1e9, "8bit": 0}}, "gpu_adamw.8bit must be positive"),
+        ({"cpu_update": {"fp32": 1e9}}, "cpu_update must have one rate each for fp32, 8bit"),
+        ({"cpu_update": 1e9}, "cpu_update must have one rate each"),
+        ({"gpu_update": {"fp32": 1e9, "8bit": 0}}, "gpu_update.8bit must be positive"),
         ({"source": "guessed"}, "source must be one of measured, estimated"),
         ({"source": []}, "source must be one of"),
         ({"gpu": 4090}, "gpu must be a text"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from hf_slideformer.machine.hardware import Hardware
-from hf_slideformer.memory.layout import ParamSpec, lay_out
+from hf_slideformer.memory.layout import MomentFormat, MomentPart, ParamSpec, lay_out
 from hf_slideformer.planner.profile import ModelProfile, UnitProfile
 from hf_slideformer.planner.workload import Workload
 
@@ -23,13 +23,21 @@ PROBED = Hardware.from_file(_PROBES / "probe.json")
 def _with_earlier_kernel(machine):
     return dataclasses.replace(
         machine,
-        cpu_adamw=machine.cpu_adamw | {"8bit": 7.3e9},
-        cpu_adamw_loaded=machine.cpu_adamw_loaded | {"8bit": 4.7e9},
+        cpu_update=machine.cpu_update | {"8bit": 7.3e9},
+        cpu_update_loaded=machine.cpu_update_loaded | {"8bit": 4.7e9},
     )
 
 
 H100 = _with_earlier_kernel(PROBED)
 OTHER_H100 = _with_earlier_kernel(Hardware.from_file(_PROBES / "probe-third-machine.json"))
+
+# Moments of other rules than AdamW, of whose updates no machine was measured: none, one, and one in blocks.
+NO_MOMENTS = MomentFormat("sgd", ())
+ONE_MOMENT = MomentFormat("lion", (MomentPart("exp_avg", torch.float32),))
+ONE_IN_BLOCKS = MomentFormat(
+    "lion-8bit", (MomentPart("exp_avg", torch.int8), MomentPart("exp_avg_scale", torch.float32, 32))
+)
+UNMEASURED = (NO_MOMENTS, ONE_MOMENT, ONE_IN_BLOCKS)
 
 
 def spec(name, *shape, dtype=torch.bfloat16, trainable=True, source=None):

@@ -12,7 +12,7 @@ from hf_slideformer.planner.memory import MemoryModel
 from hf_slideformer.planner.profile import ModelProfile, UnitProfile
 from hf_slideformer.planner.workload import Decisions, Workload
 
-from .machines import MIB, llama, llama_profile, spec
+from .machines import MIB, ONE_IN_BLOCKS, UNMEASURED, llama, llama_profile, spec
 
 
 class _Ledger:
@@ -50,7 +50,7 @@ def _replay(workload, decisions, steps=2):
 
     def state(one):
         weights = sum(s.numel * s.dtype.itemsize for s in one)
-        return weights + split(one) + sum(8 * s.numel for s in one if s.trainable)
+        return weights + split(one) + sum(workload.moments.nbytes(s.numel) for s in one if s.trainable)
 
     ledger.allocate("outside", state(workload.outside))
     for unit in decisions.resident:
@@ -167,7 +167,9 @@ def _random_workload(rng, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"overlapped": True}, {"micro_batches": 3}], ids=["deferred", "overlapped", "sums"]
+    "settings",
+    [{}, {"overlapped": True}, {"micro_batches": 3}, {"moments": ONE_IN_BLOCKS}],
+    ids=["deferred", "overlapped", "sums", "moments in blocks"],
 )
 def test_the_peak_is_that_of_a_ledger(settings):
     rng = random.Random(0)
@@ -268,7 +270,7 @@ def test_state_on_disk_is_what_ram_no_longer_holds():
         return -(-nbytes // 4096) * 4096
 
     for _ in range(200):
-        moments = rng.choice(list(MOMENT_FORMATS.values()))
+        moments = rng.choice([*MOMENT_FORMATS.values(), *UNMEASURED])
         workload = _random_workload(rng, moments=moments)
         units = range(len(workload.layouts))
         resident = sorted(rng.sample(units, rng.randint(0, len(units))))
@@ -327,6 +329,6 @@ def test_evaluation_has_state_on_disk_where_training_will():
     )
     assert training.disk_bytes(decisions) == evaluating.disk_bytes(decisions) > 0
     items = {item.what: item.nbytes for item in evaluating.ram_items(decisions)}
-    assert items["disk buffers"] == 2 * evaluating.disk_state[3]
+    assert items["disk buffers"] == 2 * evaluating.units[3].disk_state
     assert items["master residuals"] == pytest.approx(2 * 2 * workload.layouts[0].numel, rel=1e-4)
     assert "moments" not in items

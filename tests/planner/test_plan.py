@@ -15,7 +15,7 @@ from hf_slideformer.planner.profile import ModelProfile, UnitProfile
 from hf_slideformer.planner.timeline import Prediction
 from hf_slideformer.planner.workload import Budgets, Decisions, Workload
 
-from .machines import GIB, MIB, spec
+from .machines import GIB, MIB, NO_MOMENTS, ONE_MOMENT, spec
 
 # Two units, of 1 Mi and 2 Mi parameters, each with half of them frozen in fp32; a head and a frozen embedding.
 LAYOUTS = tuple(
@@ -103,6 +103,17 @@ def test_8bit_moments():
     assert plan.moments == "8bit"
     assert "updates: deferred; 8-bit moments" in str(plan)
     assert "8-bit" not in str(_plan())
+
+
+def test_moments_of_other_rules():
+    one, none = _plan(moments=ONE_MOMENT), _plan(moments=NO_MOMENTS)
+    assert _mib(one) == DEFERRED | {"resident moments": 4, "moments": 2 + 4}
+    assert "updates: deferred (lion)" in str(one) and one.moments == "lion"
+    assert _mib(none) == {what: size for what, size in DEFERRED.items() if "moments" not in what}
+    assert "updates: deferred (sgd)" in str(none) and "moments" not in str(none)
+    on_disk = _plan(_on_disk(moments=NO_MOMENTS), moments=NO_MOMENTS)
+    assert _mib(on_disk)["residuals"] == 2 and _mib(on_disk)["disk buffers"] == 2 * 2
+    assert re.search(r"\n    residuals +2\.00 MiB", str(on_disk)) and "moments" not in str(on_disk)
 
 
 def test_the_last_block_of_a_resident_parameter_has_scales_too():

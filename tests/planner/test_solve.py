@@ -19,9 +19,9 @@ from hf_slideformer.planner.timeline import (
     Durations,
     step_seconds,
 )
-from hf_slideformer.planner.workload import Budgets, Decisions
+from hf_slideformer.planner.workload import Budgets, Decisions, Workload
 
-from .machines import GIB, H100, MIB, llama, llama_profile, spec
+from .machines import GIB, H100, MIB, NO_MOMENTS, UNMEASURED, llama, llama_profile, spec
 
 SMALL = {"layers": 5, "hidden": 512, "kv": 256, "inner": 1024, "vocabulary": 4000}
 # Slow enough that everything matters: a model of a few million parameters takes a while.
@@ -30,9 +30,9 @@ SMALL_MACHINE = dataclasses.replace(
     h2d=1e9,
     d2h=1e9,
     duplex=1.7e9,
-    cpu_adamw={"fp32": 6e7, "8bit": 9e7},
-    cpu_adamw_loaded={"fp32": 4e7, "8bit": 6e7},
-    gpu_adamw={"fp32": 2e9, "8bit": 3e9},
+    cpu_update={"fp32": 6e7, "8bit": 9e7},
+    cpu_update_loaded={"fp32": 4e7, "8bit": 6e7},
+    gpu_update={"fp32": 2e9, "8bit": 3e9},
     bf16_flops=5e12,
     gpu_copy=3e10,
 )
@@ -54,13 +54,13 @@ def _used(plan, workload, budgets):
 def test_a_model_that_fits_stays_on_the_gpu():
     workload = llama(4, layers=8)
     # A CPU as fast as the H100's could update a unit meanwhile, and win 1 % of the step.
-    slow = dataclasses.replace(H100, cpu_adamw={"fp32": 5e8}, cpu_adamw_loaded={"fp32": 4e8})
+    slow = dataclasses.replace(H100, cpu_update={"fp32": 5e8}, cpu_update_loaded={"fp32": 4e8})
     plan = solve(workload, slow, _h100_budgets())
     assert len(plan.decisions.resident) == 8 and plan.decisions.kept == 8
     assert plan.tier_bytes("RAM") == 0 and plan.prediction.bound_by == COMPUTE
     times = Durations.of(workload, H100)
-    plain = sum(times.forward) + sum(times.backward) + times.loss
-    update = sum(times.gpu_update) + times.gpu_update_outside
+    plain = sum(unit.forward + unit.backward for unit in times.units) + times.loss
+    update = sum(unit.gpu_update for unit in times.units) + times.gpu_update_outside
     assert plan.prediction.step_s == pytest.approx(plain + update, rel=0.02)
 
 
@@ -188,7 +188,7 @@ def test_more_gpu_memory_is_never_slower(settings):
 def test_of_equally_fast_plans_the_smaller_is_taken():
     # With an update this fast residents gain little, so many numbers of them are alike.
     workload = llama(32)
-    quick = dataclasses.replace(H100, cpu_adamw={"fp32": 4e10}, cpu_adamw_loaded={"fp32": 3e10})
+    quick = dataclasses.replace(H100, cpu_update={"fp32": 4e10}, cpu_update_loaded={"fp32": 3e10})
     plan = solve(workload, quick, _h100_budgets(400, 400), activations="recompute")
     times, memory = Durations.of(workload, quick), MemoryModel(workload)
     every = [
@@ -625,6 +625,34 @@ def test_no_advice_where_nothing_helps():
 def test_advice_on_what_does_not_fit_is_refused():
     with pytest.raises(PlanError):
         advise(llama(8), H100, _h100_budgets(1, 1))
+
+
+@pytest.mark.parametrize("moments", UNMEASURED, ids=lambda moments: moments.name)
+def test_moments_of_other_rules_are_planned(moments):
+    """No more bytes and no more time than with AdamW's, and no advice to take another rule's format."""
+    budgets = _h100_budgets(gpu=24, ram=56, disk=1000)
+    workload, adamw = llama(8, moments=moments), llama(8)
+    plan, other = (solve(one, H100, budgets) for one in (workload, adamw))
+    assert max(_used(plan, workload, budgets)) <= 0
+    assert plan.moments == moments.name
+    assert len(plan.decisions.on_disk) < len(other.decisions.on_disk)
+    assert plan.prediction.step_s < other.prediction.step_s
+    lines = advise(workload, H100, budgets, profile_for=lambda size: llama_profile(size))
+    assert lines and not any("8bit" in line for line in lines)
+    with pytest.raises(PlanError) as caught:
+        solve(workload, H100, _h100_budgets(gpu=24, ram=16), placement="stream")
+    assert "placement='auto'" in str(caught.value) and "8bit" not in str(caught.value)
+
+
+def test_units_without_any_state_have_nothing_on_disk():
+    """Trained in fp32 without moments: neither residuals nor a part of them."""
+    layout = lay_out([spec("w", 64 * MIB, dtype=torch.float32)])
+    profile = llama_profile(1, 128, layers=4, hidden=512, kv=512, inner=1024, vocabulary=1000)
+    workload = Workload(layouts=(layout,) * 4, outside=(), profile=profile, moments=NO_MOMENTS)
+    plan = solve(workload, H100, _h100_budgets(gpu=2, ram=2.1, disk=100), placement="stream")
+    assert plan.units == 4 and plan.decisions.on_disk == () and plan.tier_bytes("disk") == 0
+    with pytest.raises(PlanError, match="of RAM"):
+        solve(workload, H100, _h100_budgets(gpu=2, ram=1, disk=100), placement="stream")
 
 
 def test_a_unit_without_activations_is_planned_too():

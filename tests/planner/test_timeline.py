@@ -21,7 +21,7 @@ from hf_slideformer.planner.timeline import (
 )
 from hf_slideformer.planner.workload import Decisions
 
-from .machines import H100, OTHER_H100, llama, spec
+from .machines import H100, NO_MOMENTS, ONE_IN_BLOCKS, ONE_MOMENT, OTHER_H100, llama, spec
 
 # Median seconds of a step, everything streamed and recomputed: docs/benchmarks/2026-11-22-h100-kernels/; for batches 16
 # and 32 without clipping, and for accumulation, docs/benchmarks/2026-11-22-h100-stream/.
@@ -64,8 +64,9 @@ def test_where_a_clipped_step_waits():
 )
 def test_compute_alone(tokens, forward_ms, both_ms, loss_ms):
     times = Durations.of(llama(tokens // 1024), H100)
-    assert 1e3 * times.forward[0] == pytest.approx(forward_ms, rel=0.1)
-    assert 1e3 * (times.forward[0] + times.backward[0]) == pytest.approx(both_ms, rel=0.1)
+    layer = times.units[0]
+    assert 1e3 * layer.forward == pytest.approx(forward_ms, rel=0.1)
+    assert 1e3 * (layer.forward + layer.backward) == pytest.approx(both_ms, rel=0.1)
     assert 1e3 * times.loss == pytest.approx(loss_ms, rel=0.1)
 
 
@@ -96,8 +97,8 @@ def _random_case(rng):
         h2d=link,
         d2h=link,
         duplex=link * rng.uniform(1, 2),
-        cpu_adamw={"fp32": rate},
-        cpu_adamw_loaded={"fp32": rate * rng.uniform(0.3, 1)},
+        cpu_update={"fp32": rate},
+        cpu_update_loaded={"fp32": rate * rng.uniform(0.3, 1)},
         bf16_flops=785e12 * factor(),
         disk_read=3e10 * factor(),
         disk_write=3e10 * factor(),
@@ -154,15 +155,50 @@ def test_state_outside_of_units_in_ram_costs_time():
         step_seconds(times, Decisions.of(workload, outside_state=place)) for place in ("GPU", "RAM")
     )
     trained = sum(spec.numel for spec in workload.outside)
-    assert in_ram - on_gpu >= 0.9 * trained / H100.cpu_adamw["fp32"]
+    assert in_ram - on_gpu >= 0.9 * trained / H100.cpu_update["fp32"]
 
 
 def test_fp32_models_compute_at_the_fp32_rate():
     workload = llama(8, layers=2)
     layout = lay_out([spec("w", 1024, dtype=torch.float32)])
     plain = dataclasses.replace(workload, layouts=(layout, layout))
-    ratio = Durations.of(plain, H100).forward[0] / Durations.of(workload, H100).forward[0]
-    assert ratio == pytest.approx(H100.bf16_flops / H100.fp32_flops, rel=0.2)
+    in_fp32, in_bf16 = (Durations.of(one, H100).units[0].forward for one in (plain, workload))
+    assert in_fp32 / in_bf16 == pytest.approx(H100.bf16_flops / H100.fp32_flops, rel=0.2)
+
+
+@pytest.mark.parametrize(("moments", "nbytes"), [(NO_MOMENTS, 10), (ONE_MOMENT, 18), (ONE_IN_BLOCKS, 12)])
+def test_updates_that_nobody_measured_take_as_long_as_their_bytes(moments, nbytes):
+    """Against 26 bytes a parameter with fp32 moments, on either device and beside copies."""
+    fp32, other = (Durations.of(llama(8, **settings), H100) for settings in ({}, {"moments": moments}))
+    share = pytest.approx(nbytes / 26)
+    assert other.units[0].update / fp32.units[0].update == share
+    assert other.units[0].gpu_update / fp32.units[0].gpu_update == share
+    assert other.outside_update / fp32.outside_update == share
+    assert other.gpu_update_outside / fp32.gpu_update_outside == share
+    assert other.slowdown == pytest.approx(fp32.slowdown)
+    assert other.units[0].summing == fp32.units[0].summing  # sums are fp32 whatever the moments
+    workload = llama(8, moments=moments)
+    assert (
+        predict(workload, H100, Decisions.streamed(workload)).step_s
+        < predict(llama(8), H100, Decisions.streamed(workload)).step_s
+    )
+
+
+def test_a_rate_that_was_measured_counts():
+    workload = llama(8, moments=ONE_MOMENT)
+    measured = dataclasses.replace(
+        H100,
+        cpu_update=H100.cpu_update | {"lion": 2e9},
+        cpu_update_loaded=H100.cpu_update_loaded | {"lion": 1e9},
+        gpu_update=H100.gpu_update | {"lion": 3e9},
+    )
+    estimated, times = (Durations.of(workload, machine) for machine in (H100, measured))
+    numel = workload.layouts[0].trainable_numel
+    assert times.units[0].gpu_update == pytest.approx(numel / 3e9)
+    assert times.units[0].update == pytest.approx(numel / 2e9, rel=0.11)  # training against the probe
+    assert times.slowdown / estimated.slowdown == pytest.approx(
+        (1 - 1 / 2) / (1 - H100.cpu_update_loaded["fp32"] / H100.cpu_update["fp32"])
+    )
 
 
 def _with_disk(workload, count, buffers=3):
