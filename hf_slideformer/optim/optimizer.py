@@ -314,18 +314,25 @@ def _has_state(values: Mapping[str, Any] | None) -> bool:
     return values is not None and any(value is not None for value in values.values())
 
 
-def parsed_arguments(text: str | None) -> dict[str, str]:
-    """`TrainingArguments.optim_args`: "name=value, ..." as a dictionary of texts.
+def parsed_arguments(text: str | None, **kinds: Callable[[str], Any]) -> dict[str, Any]:
+    """`TrainingArguments.optim_args`, "name=value, ...", as a dictionary.
+
+    Args:
+        text: the argument; None is empty.
+        kinds: what makes a value of its text, by name.
 
     Raises:
-        ConfigError: a part that is not of this form.
+        ConfigError: another name, or a part that is not of this form.
     """
     found = {}
     for part in (text or "").replace(" ", "").split(","):
+        name, _, value = part.partition("=")
         if not part:
             continue
-        name, equals, value = part.partition("=")
-        if not (name and equals and value):
-            raise ConfigError(f"optim_args: {part!r} is not name=value, in {text!r}")
-        found[name] = value
+        try:
+            found[name] = kinds[name](value)
+        except (KeyError, ValueError):
+            raise ConfigError(
+                f"optim_args: {part!r} in {text!r} is not name=value for one of {', '.join(kinds)}"
+            ) from None
     return found

@@ -15,8 +15,10 @@ from transformers.integrations.integration_utils import TrackioCallback, WandbCa
 from hf_slideformer import accelerator as accelerator_module
 from hf_slideformer.checkpoint import CheckpointCalls, SavedCheckpoint
 from hf_slideformer.engine.engine import SlideEngine
-from hf_slideformer.engine.state import updates as updates_module
+from hf_slideformer.engine.state import streamed
+from hf_slideformer.engine.state.on_device import OnDevice
 from hf_slideformer.engine.state.parameters import live_tensors
+from hf_slideformer.engine.state.streamed import StreamedUnit
 from hf_slideformer.engine.state.updates import Updates
 from hf_slideformer.errors import CheckpointError, DiskError
 from hf_slideformer.trainer_checkpoints import _reads_saved
@@ -88,16 +90,16 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
     files, enqueued, too_early = Gated(), [], []
     trainer = _trainer(setting, tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    enqueue, update = Updates._unit_update, updates_module.update_unit
+    enqueue, update = StreamedUnit._update, streamed.update_unit
 
-    def unit_update(updates, unit, *args, **kwargs):
-        result = enqueue(updates, unit, *args, **kwargs)
+    def unit_update(home, landing, runs, step, **kwargs):
+        result = enqueue(home, landing, runs, step, **kwargs)
         # Forward is over (and backward, where updates are deferred), and nothing has been written yet.
         if not files.gate.is_set():
             pending = trainer._pending_save
-            enqueued.append((trainer.state.global_step, pending.checkpoint.target.name, unit.index))
+            enqueued.append((trainer.state.global_step, pending.checkpoint.target.name, home.name))
             assert not pending.is_over and not pending.checkpoint.target.exists()
-            if len({index for *_, index in enqueued}) == len(trainer.slide.engine.executor.units):
+            if len({name for *_, name in enqueued}) == len(trainer.slide.engine.executor.units):
                 files.gate.set()
         return result
 
@@ -108,12 +110,12 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
             too_early.append(first.name)
         update(memory, grads, fp32, runs, threads)
 
-    monkeypatch.setattr(Updates, "_unit_update", unit_update)
-    monkeypatch.setattr(updates_module, "update_unit", update_unit)
+    monkeypatch.setattr(StreamedUnit, "_update", unit_update)
+    monkeypatch.setattr(streamed, "update_unit", update_unit)
     trainer.train()
     assert too_early == []
-    units = range(len(trainer.slide.engine.executor.units))
-    assert sorted(enqueued) == [(2, "checkpoint-2", index) for index in units]
+    units = trainer.slide.engine.executor.units
+    assert sorted(enqueued) == [(2, "checkpoint-2", unit.name) for unit in units]
     assert final_state(trainer) == final_state(blocking)
     for name in ("checkpoint-2", "checkpoint-4"):
         ours, theirs = _records(tmp_path / "overlapped" / name), _records(tmp_path / "blocking" / name)
@@ -133,18 +135,18 @@ def test_updates_of_resident_parameters_wait(tmp_path, monkeypatch, name):
     files, waited = Gated(), []
     trainer = _trainer(BY_NAME[name], tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    until_read = Updates._until_read
+    use_up = OnDevice.use_up
 
-    def wait(updates, state):
-        held = updates.held
+    def wait(home, state, grad, step):
         if not files.gate.is_set():
-            assert not held.released(held.group_of[state.order]).is_complete
+            assert not any(handle.is_complete for handle in step.after)
             waited.append(state.name)
             files.gate.set()
-        until_read(updates, state)
-        assert held is None or held.released(held.group_of[state.order]).is_complete
+        used = use_up(home, state, grad, step)
+        assert all(handle.is_complete for handle in step.after)
+        return used
 
-    monkeypatch.setattr(Updates, "_until_read", wait)
+    monkeypatch.setattr(OnDevice, "use_up", wait)
     trainer.train()
     assert len(waited) == 1
     assert trainer.slide.plan.decisions.resident == (0, 1)
@@ -352,6 +354,6 @@ def test_units_are_released_in_the_order_of_their_updates(tmp_path, name):
     trainer.train()
     held = trainer.slide.engine.hold()
     outside = len(held.groups) - 1
-    assert [state.unit for state in held.groups[outside]] == [None] * 3
+    assert [state.streams for state in held.groups[outside]] == [False] * 3
     assert held.order == ((2, 1, 0, outside) if name == "overlapped updates" else (outside, 0, 1, 2))
     held.release_all()

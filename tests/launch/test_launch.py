@@ -359,7 +359,7 @@ def test_plain_trainer_is_refused(monkeypatch, tmp_path):
         runs.make(trainer_class, runs.llama(), tmp_path)
     monkeypatch.setenv(CONFIG_VARIABLE, '{"trace_steps": 2}')
     trainer = runs.make(SlideTrainer, runs.llama(), tmp_path)
-    assert trainer.accelerator._slide_config.trace_steps == 2
+    assert trainer.accelerator.slide_setup.config.trace_steps == 2
 
 
 def test_modules_are_seen_once_imported(run, tmp_path):

@@ -231,7 +231,7 @@ def test_model_that_was_only_read_is_trained(tmp_path):
 def test_engine_that_is_broken_says_to_load_the_model_anew(tmp_path):
     model = runs.llama()
     runs.make(SlideTrainer, model, tmp_path, max_steps=1).train()
-    engine_of(model)._failure.note(ValueError("the kernel failed"))
+    engine_of(model)._runtime.failure.note(ValueError("the kernel failed"))
     model.lm_head.requires_grad_(False)
     with pytest.raises(StateError, match=r"an update failed \(the kernel failed\).*load the model anew"):
         runs.make(SlideTrainer, model, tmp_path).train()

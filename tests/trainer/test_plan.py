@@ -132,7 +132,8 @@ def test_an_engine_made_for_evaluation_refuses_training_that_does_not_fit(tmp_pa
     model = runs.llama(seed=1, **SHAPE)
     weights = sum(param.nbytes for param in model.parameters())
     trainer = runs.make(SlideTrainer, model, tmp_path / "out", trainer_kwargs={})
-    trainer._slide_config = trainer.accelerator._slide_config = SlideConfig(cpu_memory=3 * weights)
+    trainer._slide_config = SlideConfig(cpu_memory=3 * weights)
+    trainer._configure_accelerator()
     trainer.evaluate()
     with pytest.raises(PlanError, match="moments"):
         trainer.train()

@@ -348,7 +348,7 @@ def test_backward_without_an_optimizer_is_refused_wherever_parameters_are(decide
         Setup(device=torch.device("cpu"), bf16=False, config=SlideConfig()),
         decisions=decide(resident=everything, keep=everything, units=4),
     )
-    assert [unit.streamed for unit in engine.executor.units] == [decided == "streamed"] * 4
+    assert [unit.streams for unit in engine.executor.units] == [decided == "streamed"] * 4
     loss = model(input_ids=runs.batches(1)[0], labels=runs.batches(1)[0]).loss
     with pytest.raises(StateError, match="without an optimizer"):
         loss.backward()

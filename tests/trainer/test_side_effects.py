@@ -101,12 +101,12 @@ def test_forked_dataloader_workers_do_not_get_the_state(tmp_path):
     for trainer in trainers:
         trainer.train()
     assert runs.logged(trainers[0]) == runs.logged(trainers[1])
-    states = [state for state in trainers[0].slide.engine.states if state.unit is not None]
+    states = [state for state in trainers[0].slide.engine.states if state.streams]
     for state in states:
         for tensor in (state.weight, state.residual, *state.moments.values()):
             assert "dc" in _memory_flags(tensor.data_ptr()), state.name  # "dc": do not copy on fork
     for unit in trainers[0].slide.engine.executor.units:
-        gradient = unit.memory.grads.tensor(torch.uint8, 0, 1)
+        gradient = unit.group.home.memory.grads.tensor(torch.uint8, 0, 1)
         assert "dc" in _memory_flags(gradient.data_ptr()), unit.name
 
 
@@ -234,7 +234,7 @@ def test_threads_and_memory_end_with_the_trainer(tmp_path, update):
     mine = set(_engine_threads()) - before
     assert len(mine) == 3  # two lanes and the update worker
     alive = [weakref.ref(trainer.slide.engine)]
-    alive += [weakref.ref(unit.memory.weights) for unit in trainer.slide.engine.executor.units]
+    alive += [weakref.ref(unit.group.home.memory.weights) for unit in trainer.slide.engine.executor.units]
     del trainer
     gc.collect()
     assert [reference() for reference in alive if reference() is not None] == []

@@ -178,7 +178,7 @@ def test_somebody_elses_wrapper_around_a_unit_stays(tmp_path):
 
 def test_an_engine_whose_update_failed_keeps_its_model():
     run = prepare(tiny_llama(), delays={"update": lambda label: 1 / 0 if "layers.3" in label else 0.0})
-    run.engine._failure.note(ValueError("a kernel failed"))
+    run.engine._runtime.failure.note(ValueError("a kernel failed"))
     with pytest.raises(StateError, match=r"cannot \(an update failed .*a kernel failed.*load the model anew"):
         run.engine.release("it was cast")
     assert engine_of(run.model) is run.engine

@@ -405,7 +405,7 @@ def test_what_asks_for_no_data_does_not_wait(tmp_path):
             assert len(described) == 15
         assert isinstance(run.model.get_parameter(NAMES[1]), nn.Parameter)
         nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-        update = next(unit.pending_update for unit in run.engine.executor.units if unit.pending_update)
+        update = next(unit.group.pending for unit in run.engine.executor.units if unit.group.pending)
         assert not update.is_complete
     finally:
         may_go.set()
