@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, reference
-from slideformer_kernels.rules import ADAMW, Rule
+from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, lion_scalars, reference
+from slideformer_kernels.rules import ADAMW, LION, Rule
 
 State = dict[str, torch.Tensor]
 
@@ -79,11 +79,16 @@ def adamw_of(step: int, weight_decay: float) -> object:
     return adamw_scalars(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step)
 
 
+def lion_of(step: int, weight_decay: float) -> object:
+    return lion_scalars(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=weight_decay, step=step)
+
+
 CASES = [
     Case(name, rule, kernel, is_split, scalars)
     for name, rule, kernel, scalars in (
         ("adamw", ADAMW, "adamw", adamw_of),
         ("adamw_8bit", ADAMW, "adamw_8bit", adamw_of),
+        ("lion", LION, "lion", lion_of),
     )
     for is_split in (False, True)
 ]

@@ -62,6 +62,23 @@ TARGET INLINE VF ISA(adamw)(const VF *scalars, VF g, VF *p, VF *m, VF *v)
     return r;
 }
 
+/* 1 with the sign of x, 0 for either zero, NaN for NaN. */
+TARGET INLINE VF ISA(sign)(VF x)
+{
+    VI magnitude = vi_min_u32(vi_and(vf_bits(x), vi_set1(0x7FFFFFFF)), vi_set1(1));
+    VF sign = vf_of_int(vi_negate_where_negative(vf_bits(x), magnitude));
+    return vf_of_bits(vi_replace_where_nan(x, vf_bits(sign), vi_set1(CANONICAL_NAN)));
+}
+
+TARGET INLINE void ISA(lion)(const VF *scalars, VF g, VF *p, VF *m)
+{
+    const VF decay = scalars[0], beta1 = scalars[1], one_minus_beta1 = scalars[2], beta2 = scalars[3];
+    const VF one_minus_beta2 = scalars[4], minus_step_size = scalars[5];
+    VF c = vf_fma(beta1, *m, vf_mul(one_minus_beta1, g));
+    *p = vf_fma(*p, decay, vf_mul(minus_step_size, ISA(sign)(c)));
+    *m = vf_fma(beta2, *m, vf_mul(one_minus_beta2, g));
+}
+
 /* ---- Updates on fp32 moments ---- */
 
 /* The hardware's prefetcher stops at page ends, and five streams reach one every 1024 elements. Called once for
@@ -98,6 +115,9 @@ TARGET INLINE void ISA(update_vector)(const update_args *args, const ISA(constan
     switch (rule) {
     case ADAMW:
         ISA(adamw)(scalars, g, &p, &m, &v);
+        break;
+    case LION:
+        ISA(lion)(scalars, g, &p, &m);
         break;
     }
     if (moments > 0)
@@ -331,6 +351,7 @@ TARGET INLINE int64_t ISA(update_8bit)(const update_args *args, int64_t begin, i
     {{ISA(NAME##_fp32_fp32), ISA(NAME##_fp32_bf16)}, {ISA(NAME##_split_fp32), ISA(NAME##_split_bf16)}}
 
 DEFINE_UPDATES(adamw, ADAMW)
+DEFINE_UPDATES(lion, LION)
 DEFINE_UPDATE(adamw_8bit_fp32_fp32, update_8bit, 0, 0)
 DEFINE_UPDATE(adamw_8bit_fp32_bf16, update_8bit, 0, 1)
 DEFINE_UPDATE(adamw_8bit_split_fp32, update_8bit, 1, 0)
@@ -443,7 +464,7 @@ DEFINE_ROW_SUMS(row_sums_fp32, float, row_sum_fp32)
 DEFINE_ROW_SUMS(row_sums_fp64, double, row_sum_fp64)
 
 static const kernel_table ISA(kernels) = {
-    .update = {[ADAMW] = UPDATES(adamw), [ADAMW_8BIT] = UPDATES(adamw_8bit)},
+    .update = {[ADAMW] = UPDATES(adamw), [ADAMW_8BIT] = UPDATES(adamw_8bit), [LION] = UPDATES(lion)},
     .accumulate_bf16 = ISA(accumulate_bf16),
     .accumulate_fp32 = ISA(accumulate_fp32),
     .split = ISA(split),
