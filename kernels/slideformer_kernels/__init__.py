@@ -13,15 +13,17 @@ from .ops import (
     join_master,
     lion_,
     quantize_moments,
+    sgd_,
     split_master,
     sum_of_squares,
 )
-from .scalars import AdamWScalars, LionScalars, adamw_scalars, lion_scalars
+from .scalars import AdamWScalars, LionScalars, SGDScalars, adamw_scalars, lion_scalars, sgd_scalars
 
 __all__ = [
     "MOMENT_BLOCK_NUMEL",
     "AdamWScalars",
     "LionScalars",
+    "SGDScalars",
     "accumulate_",
     "adamw_",
     "adamw_scalars",
@@ -30,6 +32,8 @@ __all__ = [
     "lion_",
     "lion_scalars",
     "quantize_moments",
+    "sgd_",
+    "sgd_scalars",
     "split_master",
     "sum_of_squares",
 ]

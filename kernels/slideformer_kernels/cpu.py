@@ -24,7 +24,7 @@ from .scalars import Scalars, kernel_arguments, round_to_fp32
 ISA_VARIABLE = "SLIDEFORMER_CPU_ISA"
 # The numbers are those of the enumerations in slideformer_cpu.c.
 ISA_NUMBERS = {"portable": 1, "avx2": 2, "avx512": 3}
-UPDATE_NUMBERS = {"adamw": 0, "adamw_8bit": 1, "lion": 2}
+UPDATE_NUMBERS = {"adamw": 0, "adamw_8bit": 1, "lion": 2, "sgd": 3, "sgd_momentum": 4}
 _MOMENTS = 4
 _SCALARS = 7
 _BEST_ISA = 0
@@ -63,6 +63,7 @@ def _update(
 
 adamw_ = functools.partial(_update, rules.ADAMW)
 lion_ = functools.partial(_update, rules.LION)
+sgd_ = functools.partial(_update, rules.SGD)
 
 
 def split_master(

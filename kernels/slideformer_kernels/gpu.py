@@ -122,6 +122,7 @@ def _update(
 
 adamw_ = functools.partial(_update, rules.ADAMW)
 lion_ = functools.partial(_update, rules.LION)
+sgd_ = functools.partial(_update, rules.SGD)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -337,6 +338,68 @@ def _lion_kernel(
 
 
 @triton.jit
+def _sgd_kernel(
+    master_ptr,  # as those of _adamw_kernel
+    lo_ptr,
+    grad_ptr,
+    grad_scale,
+    weight_decay,
+    momentum,  # this and the next three say what to do with a buffer
+    one_minus_dampening,
+    nesterov,
+    is_first,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    d = _fma(tl.full(g.shape, weight_decay, tl.float32), p, g, INTERPRETED)
+    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), d, p, INTERPRETED)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
+def _sgd_momentum_kernel(
+    master_ptr,  # as those of _adamw_kernel
+    lo_ptr,
+    grad_ptr,
+    momentum_buffer_ptr,
+    grad_scale,
+    weight_decay,
+    momentum,
+    one_minus_dampening,
+    nesterov,  # 0 or 1, as is is_first; not constexpr, so that the second step compiles nothing
+    is_first,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
+    b = _load_fp32(momentum_buffer_ptr, offsets, mask)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    momentum = tl.full(g.shape, momentum, tl.float32)
+    d = _fma(tl.full(g.shape, weight_decay, tl.float32), p, g, INTERPRETED)
+    later = _fma(momentum, b, one_minus_dampening * d, INTERPRETED)
+    b = tl.where(tl.full(g.shape, is_first, tl.float32) != 0.0, d, later)
+    ahead = _fma(momentum, b, d, INTERPRETED)
+    d = tl.where(tl.full(g.shape, nesterov, tl.float32) != 0.0, ahead, b)
+    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), d, p, INTERPRETED)
+    tl.store(momentum_buffer_ptr + offsets, _canonical_bits(b), mask=mask)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
 def _sign(x):
     """Return 1 with the sign of ``x``, 0 for either zero, NaN for NaN."""
     bits = x.to(tl.int32, bitcast=True)
@@ -485,4 +548,6 @@ _UPDATES = {
     "adamw": (_adamw_kernel, _TILE),
     "adamw_8bit": (_adamw_8bit_kernel, _TILE_8BIT),
     "lion": (_lion_kernel, _TILE),
+    "sgd": (_sgd_kernel, _TILE),
+    "sgd_momentum": (_sgd_momentum_kernel, _TILE),
 }

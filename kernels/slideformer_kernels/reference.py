@@ -20,6 +20,15 @@ in the authors' code) has one moment, and moves each weight by the learning rate
 
 ``sign`` is 1, -1 or, for either zero, +0. It is NaN for NaN: a gradient that is none must reach the weight.
 
+**SGD** is that of ``torch.optim.SGD``: weight decay is coupled, and momentum keeps a buffer ``b``, which the first
+step sets to the gradient::
+
+    g = g * grad_scale
+    d = fma(weight_decay, p, g)
+    b = fma(momentum, b, one_minus_dampening * d)     (first step: b = d)
+    u = b;  with nesterov: u = fma(momentum, b, d);  without momentum: u = d
+    p = fma(-step_size, u, p)
+
 In all rules every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and
 square root correctly rounded, nothing contracted beyond the explicit fma. A NaN that is stored (moments, ``p``) is
 stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation makes. So CPU
@@ -85,7 +94,7 @@ import torch
 
 from . import arguments, rules
 from .arguments import MOMENT_BLOCK_NUMEL
-from .scalars import AdamWScalars, LionScalars, round_to_fp32
+from .scalars import AdamWScalars, LionScalars, SGDScalars, round_to_fp32
 
 # Temporaries of this size stay in the cache, which makes it twice as fast as chunks of a million.
 CHUNK_NUMEL = 1 << 17
@@ -145,6 +154,26 @@ def lion_(
         m = fma(scalars.beta2, m, g * scalars.one_minus_beta2)
         _store_moments((m,), state)
         _store_master(p, _cut(masters, part))
+
+
+@torch.no_grad()
+def sgd_(
+    masters: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
+    scalars: SGDScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update weights in place with SGD (formula: module docstring)."""
+    update = arguments.check_update(rules.SGD, masters, grad, moments, scalars)
+    for part in _chunks(update.numel):
+        p, g = _read(masters, grad, part, grad_scale)
+        u = d = fma(scalars.weight_decay, p, g)
+        for b in _cut(update.moments, part):
+            new = d if scalars.is_first else fma(scalars.momentum, b, d * scalars.one_minus_dampening)
+            u = fma(scalars.momentum, new, d) if scalars.nesterov else new
+            _store_moments((new,), (b,))
+        _store_master(fma(-scalars.step_size, u, p), _cut(masters, part))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .scalars import AdamWScalars, LionScalars
+from .scalars import AdamWScalars, LionScalars, SGDScalars
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,4 +40,6 @@ ADAMW = Rule(
 
 LION = Rule("lion_", LionScalars, {"lion": {"exp_avg": torch.float32}})
 
-RULES = (ADAMW, LION)
+SGD = Rule("sgd_", SGDScalars, {"sgd": {}, "sgd_momentum": {"momentum_buffer": torch.float32}})
+
+RULES = (ADAMW, LION, SGD)

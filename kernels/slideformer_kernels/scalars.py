@@ -53,7 +53,28 @@ class LionScalars:
     step_size: float
 
 
-Scalars = AdamWScalars | LionScalars
+@dataclass(frozen=True, slots=True)
+class SGDScalars:
+    """Per-step scalars of SGD; every number is a Python float that fp32 holds exactly.
+
+    Attributes:
+        weight_decay: how much of the parameter is added to the gradient.
+        momentum: weight of the old ``momentum_buffer`` in the new one; 0 where there is none.
+        one_minus_dampening: weight of the gradient in it.
+        nesterov: whether the step goes along the gradient plus ``momentum`` times the buffer.
+        is_first: whether the buffer becomes the gradient, whatever it was.
+        step_size: the learning rate.
+    """
+
+    weight_decay: float
+    momentum: float
+    one_minus_dampening: float
+    nesterov: bool
+    is_first: bool
+    step_size: float
+
+
+Scalars = AdamWScalars | LionScalars | SGDScalars
 """Those of any rule."""
 
 
@@ -63,8 +84,8 @@ def round_to_fp32(value: float) -> float:
 
 
 def kernel_arguments(scalars: Scalars) -> tuple[float, ...]:
-    """Return the scalars in the order of their fields, but the last, the step size, negated: kernels add."""
-    *others, step_size = (getattr(scalars, name) for name in scalars.__slots__)
+    """Return the scalars in the order of their fields: flags as 0 or 1, the step size, which is last, negated."""
+    *others, step_size = (float(getattr(scalars, name)) for name in scalars.__slots__)
     return (*others, -step_size)
 
 
@@ -126,6 +147,43 @@ def lion_scalars(*, lr: float, beta1: float, beta2: float, weight_decay: float, 
         one_minus_beta1=round_to_fp32(1.0 - beta1),
         beta2=round_to_fp32(beta2),
         one_minus_beta2=round_to_fp32(1.0 - beta2),
+        step_size=round_to_fp32(lr),
+    )
+
+
+def sgd_scalars(
+    *, lr: float, momentum: float, dampening: float, nesterov: bool, weight_decay: float, step: int
+) -> SGDScalars:
+    """Compute the scalars of one SGD step, as ``torch.optim.SGD`` has it.
+
+    Args:
+        lr: learning rate of this step, finite and not negative.
+        momentum: decay rate of ``momentum_buffer``, finite and not negative; with 0 there is no buffer.
+        dampening: how much less than 1 the gradient counts in the buffer, finite.
+        nesterov: whether to look ahead (Sutskever et al. 2013); wants momentum and no dampening.
+        weight_decay: coupled: added to the gradient as that of an L2 penalty; finite and not negative.
+        step: this parameter's step count, the first step being 1: it sets the buffer to the gradient.
+
+    Returns:
+        The scalars, numbers rounded once from float64 to fp32.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+    _check_not_negative(lr=lr, momentum=momentum, weight_decay=weight_decay)
+    _check_step(step)
+    if not math.isfinite(dampening):
+        raise ValueError(f"dampening must be finite, got {dampening}")
+    if nesterov and (momentum == 0.0 or dampening != 0.0):
+        raise ValueError(
+            f"nesterov wants momentum above 0 and dampening=0, got momentum={momentum} and dampening={dampening}"
+        )
+    return SGDScalars(
+        weight_decay=round_to_fp32(weight_decay),
+        momentum=round_to_fp32(momentum),
+        one_minus_dampening=round_to_fp32(1.0 - dampening),
+        nesterov=bool(nesterov),
+        is_first=step == 1,
         step_size=round_to_fp32(lr),
     )
 

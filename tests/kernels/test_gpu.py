@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 TARGETS = ("cuda:90:32", "cuda:80:32", "cuda:120:32", "hip:gfx942:64", "hip:gfx1100:32")
 
 # Explicit fma for each element, as reference.py has them.
-FMA = {"adamw": 4, "adamw_8bit": 4, "lion": 3}
+FMA = {"adamw": 4, "adamw_8bit": 4, "lion": 3, "sgd": 2, "sgd_momentum": 4}
 ELEMENTS_PER_THREAD = 8
 
 

@@ -9,12 +9,14 @@ import torch
 from slideformer_kernels import (
     AdamWScalars,
     LionScalars,
+    SGDScalars,
     adamw_,
     adamw_scalars,
     dequantize_moments,
     lion_scalars,
     quantize_moments,
     reference,
+    sgd_scalars,
 )
 from update_cases import BY_NAME, CASES, CODES, clone, codes_of, moments_of
 
@@ -122,7 +124,23 @@ def exact_lion(s: LionScalars, p: Fraction, g: Fraction, m: Fraction) -> tuple[F
     return p, fp32(Fraction(s.beta2) * m + fp32(Fraction(s.one_minus_beta2) * g))
 
 
-EXACT = {"adamw": exact_adamw, "lion": exact_lion}
+def exact_sgd(s: SGDScalars, p: Fraction, g: Fraction, *b: Fraction) -> tuple[Fraction, ...]:
+    u = d = fp32(Fraction(s.weight_decay) * p + g)
+    if b:
+        u = new = fp32(Fraction(s.momentum) * b[0] + fp32(Fraction(s.one_minus_dampening) * d))
+        if s.nesterov:
+            u = fp32(Fraction(s.momentum) * new + d)
+        b = (new,)
+    return (fp32(-Fraction(s.step_size) * u + p), *b)
+
+
+EXACT = {
+    "adamw": exact_adamw,
+    "lion": exact_lion,
+    "sgd": exact_sgd,
+    "sgd_momentum": exact_sgd,
+    "sgd_nesterov": exact_sgd,
+}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -202,6 +220,54 @@ def test_lion_agrees_with_its_formula(weight_decay):
     torch.testing.assert_close(ours.double(), p, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moments["exp_avg"].double(), m, rtol=1e-6, atol=1e-7)
     assert torch.equal(reference.join_master(hi, lo), ours)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.3, False), (0.9, 0.0, True)],
+)
+def test_sgd_agrees_with_torch(momentum, dampening, nesterov, weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5000, generator=generator)
+    options = {
+        "lr": 1e-2,
+        "momentum": momentum,
+        "dampening": dampening,
+        "nesterov": nesterov,
+        "weight_decay": weight_decay,
+    }
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([theirs], foreach=False, **options)
+    # The first step does not read the buffer.
+    moments = {"momentum_buffer": torch.full((5000,), math.nan)} if momentum else {}
+    ours, (hi, lo), split_moments = start.clone(), reference.split_master(start), clone(moments)
+    for step in range(1, 11):
+        grad = torch.randn(5000, generator=generator)
+        theirs.grad = grad.clone()
+        optimizer.step()
+        scalars = sgd_scalars(step=step, **options)
+        reference.sgd_((ours,), grad, moments, scalars)
+        reference.sgd_((hi, lo), grad, split_moments, scalars)
+        if step == 1 and momentum and not weight_decay:
+            assert torch.equal(moments["momentum_buffer"], grad)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=2e-6, atol=1e-6)
+    if momentum:
+        buffer = optimizer.state[theirs]["momentum_buffer"]
+        torch.testing.assert_close(moments["momentum_buffer"], buffer, rtol=2e-6, atol=2e-6)
+    assert torch.equal(reference.join_master(hi, lo), ours)
+
+
+@pytest.mark.parametrize("name", ["sgd-split", "sgd_momentum-split", "sgd_nesterov-split"])
+def test_sgd_nan_becomes_the_one_nan(name, start_of):
+    case = BY_NAME[name]
+    state = start_of(case, 4, torch.float32, gentle=True)
+    state["grad"][1] = math.nan
+    case.apply(reference, state, case.scalars(2, 0.1))
+    assert state["hi"].isnan().tolist() == [False, True, False, False]
+    assert state["hi"].view(torch.int16)[1] == 0x7FC0 and state["lo"][1] == 0
+    if "momentum_buffer" in state:
+        assert state["momentum_buffer"].view(torch.int32)[1] == 0x7FC00000
 
 
 def test_lion_moves_by_the_learning_rate_or_not_at_all():

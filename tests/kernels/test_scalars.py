@@ -5,12 +5,18 @@ import struct
 from fractions import Fraction
 
 import pytest
-from slideformer_kernels import adamw_scalars, lion_scalars
+from slideformer_kernels import adamw_scalars, lion_scalars, sgd_scalars
 from slideformer_kernels.scalars import kernel_arguments
 
 ARGUMENTS = {"lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 7}
 LION_ARGUMENTS = {name: value for name, value in ARGUMENTS.items() if name != "eps"}
-RULES = [(adamw_scalars, ARGUMENTS), (lion_scalars, LION_ARGUMENTS)]
+SGD_ARGUMENTS = {
+    **{name: ARGUMENTS[name] for name in ("lr", "weight_decay", "step")},
+    "momentum": 0.9,
+    "dampening": 0.0,
+    "nesterov": True,
+}
+RULES = [(adamw_scalars, ARGUMENTS), (lion_scalars, LION_ARGUMENTS), (sgd_scalars, SGD_ARGUMENTS)]
 
 
 def is_fp32(value: float) -> bool:
@@ -66,7 +72,25 @@ def test_values_of_lion_are_the_exact_ones_rounded_once():
     assert scalars == lion_scalars(**{**LION_ARGUMENTS, "step": 1})
 
 
-@pytest.mark.parametrize(("make", "arguments"), RULES)
+def test_values_of_sgd_are_the_exact_ones_rounded_once():
+    scalars = sgd_scalars(**{**SGD_ARGUMENTS, "nesterov": False, "dampening": 0.3})
+    exact = {"weight_decay": 0.1, "momentum": 0.9, "one_minus_dampening": 1 - 0.3, "step_size": 3e-4}
+    for name, value in exact.items():
+        assert abs(Fraction(getattr(scalars, name)) - Fraction(value)) <= abs(value) * Fraction(1, 2**24), (
+            name
+        )
+    assert not scalars.nesterov and not scalars.is_first
+    first = sgd_scalars(**{**SGD_ARGUMENTS, "step": 1})
+    assert first.nesterov and first.is_first and kernel_arguments(first)[3:5] == (1.0, 1.0)
+
+
+def test_nesterov_wants_momentum_and_no_dampening():
+    for name, value in (("momentum", 0.0), ("dampening", 0.1)):
+        with pytest.raises(ValueError, match=f"nesterov wants .*{name}={value}"):
+            sgd_scalars(**{**SGD_ARGUMENTS, name: value})
+
+
+@pytest.mark.parametrize(("make", "arguments"), RULES[:2])
 def test_no_decay_is_exactly_one(make, arguments):
     assert make(**{**arguments, "weight_decay": 0.0}).decay == 1.0
 
@@ -81,6 +105,8 @@ def test_no_decay_is_exactly_one(make, arguments):
         ("beta1", 1.0),
         ("beta2", -0.1),
         ("weight_decay", math.inf),
+        ("momentum", -0.1),
+        ("dampening", math.nan),
     ],
 )
 @pytest.mark.parametrize(("make", "arguments"), RULES)
