@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .rules import ADAMW, Rule
+from .scalars import SGDScalars
 
 GRADIENT_DTYPES = (torch.bfloat16, torch.float32)
 MASTER_DTYPES = {1: {"weight": torch.float32}, 2: {"hi": torch.bfloat16, "lo": torch.int16}}
@@ -83,9 +84,17 @@ def check_update(
     for kernel, dtypes in rule.formats.items():
         if dtypes.keys() == moments.keys():
             numel = _check_moments(rule.name, operands, moments, dtypes)
+            _check_momentum(rule.name, moments, scalars)
             return Update(kernel, numel, tuple(moments[name] for name in dtypes))
-    wanted = "; or ".join(", ".join(dtypes) for dtypes in rule.formats.values())
+    wanted = "; or ".join(", ".join(dtypes) or "none" for dtypes in rule.formats.values())
     raise ValueError(f"{rule.name}: moments are {', '.join(moments) or 'none'}, wanted {wanted}")
+
+
+def _check_momentum(operation: str, moments: Mapping[str, torch.Tensor], scalars: object) -> None:
+    """Check that there is a buffer if and only if there is momentum."""
+    if isinstance(scalars, SGDScalars) and (scalars.momentum != 0.0) != bool(moments):
+        have, wanted = ", ".join(moments) or "none", "momentum_buffer" if scalars.momentum else "none"
+        raise ValueError(f"{operation}: with momentum={scalars.momentum} moments are {have}, wanted {wanted}")
 
 
 def _check_moments(

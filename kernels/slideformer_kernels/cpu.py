@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from . import arguments, build, rules
-from .scalars import AdamWScalars, kernel_arguments, round_to_fp32
+from .scalars import Scalars, kernel_arguments, round_to_fp32
 
 ISA_VARIABLE = "SLIDEFORMER_CPU_ISA"
 # The numbers are those of the enumerations in slideformer_cpu.c.
 ISA_NUMBERS = {"portable": 1, "avx2": 2, "avx512": 3}
-UPDATE_NUMBERS = {"adamw": 0, "adamw_8bit": 1}
+UPDATE_NUMBERS = {"adamw": 0, "adamw_8bit": 1, "lion": 2, "sgd": 3, "sgd_momentum": 4}
 _MOMENTS = 4
 _SCALARS = 7
 _BEST_ISA = 0
@@ -32,30 +32,19 @@ _STATUS_UNSUPPORTED_ISA = 1
 _STATUS_NO_MEMORY = 2
 
 
-def adamw_(
-    masters: Sequence[torch.Tensor],
-    grad: torch.Tensor,
-    moments: Mapping[str, torch.Tensor],
-    scalars: AdamWScalars,
-    grad_scale: float = 1.0,
-    *,
-    threads: int | None = None,
-) -> None:
-    """Update CPU tensors as :func:`~slideformer_kernels.ops.adamw_` says, in one pass over memory."""
-    _update(rules.ADAMW, masters, grad, moments, scalars, grad_scale, threads)
-
-
 def _update(
     rule: rules.Rule,
     masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
     moments: Mapping[str, torch.Tensor],
-    scalars: AdamWScalars,
-    grad_scale: float,
-    threads: int | None,
+    scalars: Scalars,
+    grad_scale: float = 1.0,
+    *,
+    threads: int | None = None,
 ) -> None:
+    """Update in one pass over memory."""
     update = arguments.check_update(rule, masters, grad, moments, scalars)
-    numbers = (round_to_fp32(grad_scale), *kernel_arguments(scalars))
+    numbers = round_to_fp32(grad_scale), *kernel_arguments(scalars)
     _call(
         "update",
         grad,
@@ -70,6 +59,11 @@ def _update(
         threads=threads,
     )
     arguments.mark_written(*masters, *update.moments)
+
+
+adamw_ = functools.partial(_update, rules.ADAMW)
+lion_ = functools.partial(_update, rules.LION)
+sgd_ = functools.partial(_update, rules.SGD)
 
 
 def split_master(

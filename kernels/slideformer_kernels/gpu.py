@@ -13,6 +13,7 @@ What keeps the bits the same:
   instruction whose result for NaN or out of range depends on the hardware.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,7 +23,7 @@ import triton.language as tl
 from . import arguments, rules
 from .arguments import MOMENT_BLOCK_NUMEL
 from .reference import DITHER_BITS, EXP_AVG_LEVELS, EXP_AVG_SQ_LEVELS, SMALLEST_SCALE
-from .scalars import AdamWScalars, kernel_arguments, round_to_fp32
+from .scalars import Scalars, kernel_arguments, round_to_fp32
 
 ROW_NUMEL = 1024
 # Elements and rows per program; with 4 warps a thread moves 16 bytes at a time.
@@ -44,17 +45,6 @@ _DITHER_BITS = tl.constexpr(DITHER_BITS)
 _LOW_BITS = tl.constexpr((1 << DITHER_BITS) - 1)
 
 _BITS_DTYPES = {torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
-
-
-def adamw_(
-    masters: Sequence[torch.Tensor],
-    grad: torch.Tensor,
-    moments: Mapping[str, torch.Tensor],
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor = 1.0,
-) -> None:
-    """Update CUDA tensors as :func:`~slideformer_kernels.ops.adamw_` says, in one pass over memory."""
-    _update(rules.ADAMW, masters, grad, moments, scalars, grad_scale)
 
 
 def accumulate_(acc: torch.Tensor, grad: torch.Tensor) -> None:
@@ -101,9 +91,10 @@ def _update(
     masters: Sequence[torch.Tensor],
     grad: torch.Tensor,
     moments: Mapping[str, torch.Tensor],
-    scalars: AdamWScalars,
-    grad_scale: float | torch.Tensor,
+    scalars: Scalars,
+    grad_scale: float | torch.Tensor = 1.0,
 ) -> None:
+    """Update in one pass over memory."""
     update = arguments.check_update(rule, masters, grad, moments, scalars)
     _check_device(grad)
     grad_scale = _checked_scale(grad_scale, grad)
@@ -127,6 +118,11 @@ def _update(
             enable_fp_fusion=False,
         )
     arguments.mark_written(*masters, *update.moments)
+
+
+adamw_ = functools.partial(_update, rules.ADAMW)
+lion_ = functools.partial(_update, rules.LION)
+sgd_ = functools.partial(_update, rules.SGD)
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -311,6 +307,109 @@ def _updated(
 
 
 @triton.jit
+def _lion_kernel(
+    master_ptr,  # as those of _adamw_kernel
+    lo_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    grad_scale,
+    decay,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
+    m = _load_fp32(exp_avg_ptr, offsets, mask)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    c = _fma(tl.full(g.shape, beta1, tl.float32), m, one_minus_beta1 * g, INTERPRETED)
+    p = _fma(p, tl.full(g.shape, decay, tl.float32), minus_step_size * _sign(c), INTERPRETED)
+    m = _fma(tl.full(g.shape, beta2, tl.float32), m, one_minus_beta2 * g, INTERPRETED)
+    tl.store(exp_avg_ptr + offsets, _canonical_bits(m), mask=mask)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
+def _sgd_kernel(
+    master_ptr,  # as those of _adamw_kernel
+    lo_ptr,
+    grad_ptr,
+    grad_scale,
+    weight_decay,
+    momentum,  # this and the next three say what to do with a buffer
+    one_minus_dampening,
+    nesterov,
+    is_first,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    d = _fma(tl.full(g.shape, weight_decay, tl.float32), p, g, INTERPRETED)
+    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), d, p, INTERPRETED)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
+def _sgd_momentum_kernel(
+    master_ptr,  # as those of _adamw_kernel
+    lo_ptr,
+    grad_ptr,
+    momentum_buffer_ptr,
+    grad_scale,
+    weight_decay,
+    momentum,
+    one_minus_dampening,
+    nesterov,  # 0 or 1, as is is_first; not constexpr, so that the second step compiles nothing
+    is_first,
+    minus_step_size,
+    numel,
+    IS_SPLIT: tl.constexpr,
+    SCALE_IS_POINTER: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER)
+    b = _load_fp32(momentum_buffer_ptr, offsets, mask)
+    p = _load_master(master_ptr, lo_ptr, offsets, mask, IS_SPLIT)
+    momentum = tl.full(g.shape, momentum, tl.float32)
+    d = _fma(tl.full(g.shape, weight_decay, tl.float32), p, g, INTERPRETED)
+    later = _fma(momentum, b, one_minus_dampening * d, INTERPRETED)
+    b = tl.where(tl.full(g.shape, is_first, tl.float32) != 0.0, d, later)
+    ahead = _fma(momentum, b, d, INTERPRETED)
+    d = tl.where(tl.full(g.shape, nesterov, tl.float32) != 0.0, ahead, b)
+    p = _fma(tl.full(g.shape, minus_step_size, tl.float32), d, p, INTERPRETED)
+    tl.store(momentum_buffer_ptr + offsets, _canonical_bits(b), mask=mask)
+    _store_master(master_ptr, lo_ptr, offsets, mask, p, IS_SPLIT)
+
+
+@triton.jit
+def _sign(x):
+    """Return 1 with the sign of ``x``, 0 for either zero, NaN for NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    one = tl.where(bits < 0, -1082130432, 0x3F800000)  # the bits of -1 and 1
+    one = tl.where(magnitude > 0x7F800000, 0x7FC00000, one)
+    return tl.where(magnitude == 0, 0, one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _load_grad(grad_ptr, offsets, mask, grad_scale, SCALE_IS_POINTER: tl.constexpr):
     """Load the scaled gradient."""
     if SCALE_IS_POINTER:
@@ -445,4 +544,10 @@ _TILE = {"BLOCK": BLOCK_NUMEL}
 _TILE_8BIT = {"BLOCKS": BLOCK_MOMENT_BLOCKS, "BLOCK": MOMENT_BLOCK_NUMEL}
 
 # By the names of rules.py; a program works on BLOCK_NUMEL elements.
-_UPDATES = {"adamw": (_adamw_kernel, _TILE), "adamw_8bit": (_adamw_8bit_kernel, _TILE_8BIT)}
+_UPDATES = {
+    "adamw": (_adamw_kernel, _TILE),
+    "adamw_8bit": (_adamw_8bit_kernel, _TILE_8BIT),
+    "lion": (_lion_kernel, _TILE),
+    "sgd": (_sgd_kernel, _TILE),
+    "sgd_momentum": (_sgd_momentum_kernel, _TILE),
+}

@@ -1,6 +1,6 @@
-"""AdamW on split and plain fp32 masters, and the gradient norm, in plain PyTorch: the truth for every kernel.
+"""Updates of split and plain fp32 masters, and the gradient norm, in plain PyTorch: the truth for every kernel.
 
-**The update** is AdamW with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, Alg. 2, with
+**AdamW** has decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101, Alg. 2, with
 the schedule multiplier folded into the learning rate). For each element, with ``g`` the gradient converted to
 fp32 and the scalars of :class:`~slideformer_kernels.scalars.AdamWScalars`::
 
@@ -10,10 +10,30 @@ fp32 and the scalars of :class:`~slideformer_kernels.scalars.AdamWScalars`::
     d = fma(sqrt(v), inv_bias_correction2_sqrt, eps)
     p = fma(p, decay, -step_size * (m / d))
 
-Every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and square
-root correctly rounded, nothing contracted beyond the four explicit fma. A NaN that is stored (``m``, ``v``,
-``p``) is stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation
-makes. So CPU and GPU kernels store the same bits.
+**Lion** (Chen et al. 2023, arXiv 2302.06675, Alg. 2, decoupled weight decay multiplied with the learning rate as
+in the authors' code) has one moment, and moves each weight by the learning rate::
+
+    g = g * grad_scale
+    c = fma(beta1, m, one_minus_beta1 * g)
+    p = fma(p, decay, -step_size * sign(c))
+    m = fma(beta2, m, one_minus_beta2 * g)
+
+``sign`` is 1, -1 or, for either zero, +0. It is NaN for NaN: a gradient that is none must reach the weight.
+
+**SGD** is that of ``torch.optim.SGD``: weight decay is coupled, and momentum keeps a buffer ``b``, which the first
+step sets to the gradient::
+
+    g = g * grad_scale
+    d = fma(weight_decay, p, g)
+    b = fma(momentum, b, one_minus_dampening * d)     (first step: b = d)
+    u = b;  with nesterov: u = fma(momentum, b, d);  without momentum: u = d
+    p = fma(-step_size, u, p)
+
+In all rules every operation is one IEEE 754 fp32 operation: round to nearest even, denormals kept, division and
+square root correctly rounded, nothing contracted beyond the explicit fma. A NaN that is stored (moments, ``p``) is
+stored as 0x7FC00000, because hardware disagrees about sign and payload of the NaN that an operation makes. So CPU
+and GPU kernels store the same bits. A weight is rounded once, with weight decay and without: the product that is
+rounded by itself is the change, which is small beside it.
 
 **The split master** holds an fp32 value in 4 bytes as ``hi`` (bf16) and ``lo`` (int16)::
 
@@ -74,7 +94,7 @@ import torch
 
 from . import arguments, rules
 from .arguments import MOMENT_BLOCK_NUMEL
-from .scalars import AdamWScalars, round_to_fp32
+from .scalars import AdamWScalars, LionScalars, SGDScalars, round_to_fp32
 
 # Temporaries of this size stay in the cache, which makes it twice as fast as chunks of a million.
 CHUNK_NUMEL = 1 << 17
@@ -113,6 +133,47 @@ def adamw_(
         else:
             _store_moments((m, v), state)
         _store_master(p, _cut(masters, part))
+
+
+@torch.no_grad()
+def lion_(
+    masters: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
+    scalars: LionScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update weights in place with Lion (formula: module docstring)."""
+    update = arguments.check_update(rules.LION, masters, grad, moments, scalars)
+    for part in _chunks(update.numel):
+        state = _cut(update.moments, part)
+        (m,) = state
+        p, g = _read(masters, grad, part, grad_scale)
+        c = fma(scalars.beta1, m, g * scalars.one_minus_beta1)
+        p = fma(scalars.decay, p, _sign(c) * -scalars.step_size)
+        m = fma(scalars.beta2, m, g * scalars.one_minus_beta2)
+        _store_moments((m,), state)
+        _store_master(p, _cut(masters, part))
+
+
+@torch.no_grad()
+def sgd_(
+    masters: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    moments: Mapping[str, torch.Tensor],
+    scalars: SGDScalars,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update weights in place with SGD (formula: module docstring)."""
+    update = arguments.check_update(rules.SGD, masters, grad, moments, scalars)
+    for part in _chunks(update.numel):
+        p, g = _read(masters, grad, part, grad_scale)
+        u = d = fma(scalars.weight_decay, p, g)
+        for b in _cut(update.moments, part):
+            new = d if scalars.is_first else fma(scalars.momentum, b, d * scalars.one_minus_dampening)
+            u = fma(scalars.momentum, new, d) if scalars.nesterov else new
+            _store_moments((new,), (b,))
+        _store_master(fma(-scalars.step_size, u, p), _cut(masters, part))
 
 
 @torch.no_grad()
@@ -232,6 +293,11 @@ def _read(
     master = _cut(masters, part)
     p = master[0] if len(master) == 1 else _join_bits(*master).view(torch.float32)
     return p, grad.view(-1)[part].float() * round_to_fp32(grad_scale)
+
+
+def _sign(x: torch.Tensor) -> torch.Tensor:
+    """Return 1 with the sign of ``x``, +0 for either zero, NaN for NaN."""
+    return torch.where(x.isnan(), x, (x > 0).float() - (x < 0).float())
 
 
 def _sqrt(x: torch.Tensor) -> torch.Tensor:

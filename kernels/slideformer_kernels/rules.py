@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .scalars import AdamWScalars
+from .scalars import AdamWScalars, LionScalars, SGDScalars
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,3 +37,9 @@ ADAMW = Rule(
         },
     },
 )
+
+LION = Rule("lion_", LionScalars, {"lion": {"exp_avg": torch.float32}})
+
+SGD = Rule("sgd_", SGDScalars, {"sgd": {}, "sgd_momentum": {"momentum_buffer": torch.float32}})
+
+RULES = (ADAMW, LION, SGD)

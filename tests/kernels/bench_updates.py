@@ -21,14 +21,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 
 import slideformer_kernels as kernels  # noqa: E402
-from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, build, cpu, sum_of_squares  # noqa: E402
-from slideformer_kernels.rules import ADAMW, Rule  # noqa: E402
+from slideformer_kernels import (
+    MOMENT_BLOCK_NUMEL,
+    adamw_scalars,
+    build,
+    cpu,
+    lion_scalars,
+    sgd_scalars,
+    sum_of_squares,
+)  # noqa: E402
+from slideformer_kernels.rules import ADAMW, LION, SGD, Rule  # noqa: E402
 
 ADAMW_SCALARS = adamw_scalars(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=10)
+LION_SCALARS = lion_scalars(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=0.1, step=10)
+SGD_OPTIONS = {"lr": 1e-3, "dampening": 0.0, "weight_decay": 0.1, "step": 10}
 # Operation -> rule, its kernel, numbers of a step.
 UPDATES: dict[str, tuple[Rule, str, object]] = {
     "adamw_split": (ADAMW, "adamw", ADAMW_SCALARS),
     "adamw_split_8bit": (ADAMW, "adamw_8bit", ADAMW_SCALARS),
+    "lion_split": (LION, "lion", LION_SCALARS),
+    "sgd_split": (SGD, "sgd", sgd_scalars(momentum=0.0, nesterov=False, **SGD_OPTIONS)),
+    "sgd_momentum_split": (SGD, "sgd_momentum", sgd_scalars(momentum=0.9, nesterov=True, **SGD_OPTIONS)),
 }
 
 

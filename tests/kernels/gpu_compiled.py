@@ -6,13 +6,12 @@ from pathlib import Path
 import torch
 import triton
 from slideformer_kernels import gpu
-from slideformer_kernels.rules import ADAMW
+from slideformer_kernels.rules import RULES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 BITS = {"bf16": "*i16", "fp32": "*i32", "fp64": "*i64"}
 POINTERS = {torch.float32: "*i32", torch.int8: "*i8", torch.uint8: "*u8"}
-RULES = (ADAMW,)
 
 
 def compiled(kernel, signature: dict[str, str], constants: dict[str, object], target: GPUTarget) -> str:

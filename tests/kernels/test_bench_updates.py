@@ -17,6 +17,13 @@ def test_rows_are_json():
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     cpu_rows = [row for row in rows if row["device"] == "cpu"]
-    operations = ["adamw_split", "adamw_split_8bit", "sum_of_squares"]
+    operations = [
+        "adamw_split",
+        "adamw_split_8bit",
+        "lion_split",
+        "sgd_split",
+        "sgd_momentum_split",
+        "sum_of_squares",
+    ]
     assert [row["operation"] for row in cpu_rows] == operations * 2 + ["copy"] * 2
     assert all(row["gb_per_s"] > 0 and row["p20_s"] <= row["p80_s"] for row in rows)

@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 import torch
 from slideformer_kernels import (
+    AdamWScalars,
+    LionScalars,
+    SGDScalars,
     adamw_,
     adamw_scalars,
     dequantize_moments,
+    lion_scalars,
     quantize_moments,
     reference,
+    sgd_scalars,
 )
 from update_cases import BY_NAME, CASES, CODES, clone, codes_of, moments_of
 
@@ -104,26 +109,58 @@ def test_fma_overflow_infinity_and_nan():
     assert math.copysign(1.0, negative_zero.item()) == -1.0
 
 
-def test_update_is_the_documented_sequence_of_roundings(make_state):
+def exact_adamw(s: AdamWScalars, p: Fraction, g: Fraction, m: Fraction, v: Fraction) -> tuple[Fraction, ...]:
+    m = fp32(Fraction(s.one_minus_beta1) * fp32(g - m) + m)
+    v = fp32(fp32(Fraction(s.one_minus_beta2) * g) * g + fp32(Fraction(s.beta2) * v))
+    root = Fraction(float(exact_sqrt(float(v))))
+    d = fp32(root * Fraction(s.inv_bias_correction2_sqrt) + Fraction(s.eps))
+    return fp32(p * Fraction(s.decay) + fp32(-Fraction(s.step_size) * fp32(m / d))), m, v
+
+
+def exact_lion(s: LionScalars, p: Fraction, g: Fraction, m: Fraction) -> tuple[Fraction, ...]:
+    c = fp32(Fraction(s.beta1) * m + fp32(Fraction(s.one_minus_beta1) * g))
+    sign = (c > 0) - (c < 0)
+    p = fp32(p * Fraction(s.decay) - Fraction(s.step_size) * sign)
+    return p, fp32(Fraction(s.beta2) * m + fp32(Fraction(s.one_minus_beta2) * g))
+
+
+def exact_sgd(s: SGDScalars, p: Fraction, g: Fraction, *b: Fraction) -> tuple[Fraction, ...]:
+    u = d = fp32(Fraction(s.weight_decay) * p + g)
+    if b:
+        u = new = fp32(Fraction(s.momentum) * b[0] + fp32(Fraction(s.one_minus_dampening) * d))
+        if s.nesterov:
+            u = fp32(Fraction(s.momentum) * new + d)
+        b = (new,)
+    return (fp32(-Fraction(s.step_size) * u + p), *b)
+
+
+EXACT = {
+    "adamw": exact_adamw,
+    "lion": exact_lion,
+    "sgd": exact_sgd,
+    "sgd_momentum": exact_sgd,
+    "sgd_nesterov": exact_sgd,
+}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_update_is_the_documented_sequence_of_roundings(name, start_of):
     """Element by element in exact arithmetic with one rounding for each documented operation."""
-    state = make_state(400, torch.bfloat16, seed=3, gentle=True)
-    scalars = adamw_scalars(**SCALARS, step=3)
+    case = BY_NAME[f"{name}-fp32"]
+    state = start_of(case, 400, torch.bfloat16, seed=3, gentle=True)
+    scalars = case.scalars(3, 0.1)
     scale = np.float32(0.37)
 
-    expected = {"weight": [], "exp_avg": [], "exp_avg_sq": []}
-    columns = [state[k].float().tolist() for k in ("weight", "grad", "exp_avg", "exp_avg_sq")]
-    for p, g, m, v in (map(Fraction, row) for row in zip(*columns, strict=True)):
+    expected = []
+    columns = [state[name].float().tolist() for name in state]
+    for p, g, *moments in (map(Fraction, row) for row in zip(*columns, strict=True)):
         g = fp32(g * Fraction(float(scale)))
-        m = fp32(Fraction(scalars.one_minus_beta1) * fp32(g - m) + m)
-        v = fp32(fp32(Fraction(scalars.one_minus_beta2) * g) * g + fp32(Fraction(scalars.beta2) * v))
-        root = Fraction(float(exact_sqrt(float(v))))
-        d = fp32(root * Fraction(scalars.inv_bias_correction2_sqrt) + Fraction(scalars.eps))
-        p = fp32(p * Fraction(scalars.decay) + fp32(-Fraction(scalars.step_size) * fp32(m / d)))
-        for name, value in (("weight", p), ("exp_avg", m), ("exp_avg_sq", v)):
-            expected[name].append(float(value))
-    BY_NAME["adamw-fp32"].apply(reference, state, scalars, float(scale))
-    for name, values in expected.items():
-        assert state[name].tolist() == values, name
+        expected.append([float(value) for value in EXACT[name](scalars, p, g, *moments)])
+    case.apply(reference, state, scalars, float(scale))
+    for name, values in zip(
+        [name for name in state if name != "grad"], zip(*expected, strict=True), strict=True
+    ):
+        assert state[name].tolist() == list(values), name
 
 
 def test_a_decayed_weight_is_rounded_once():
@@ -165,6 +202,84 @@ def test_update_agrees_with_torch_adamw(weight_decay):
     torch.testing.assert_close(moments["exp_avg"], state["exp_avg"], rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(moments["exp_avg_sq"], state["exp_avg_sq"], rtol=2e-6, atol=1e-9)
     assert torch.equal(reference.join_master(hi, lo), ours)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_agrees_with_its_formula(weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    ours, moments = torch.randn(5000, generator=generator), {"exp_avg": torch.zeros(5000)}
+    (hi, lo), split_moments = reference.split_master(ours), clone(moments)
+    p, m = ours.double(), torch.zeros(5000, dtype=torch.float64)
+    for step in range(1, 11):
+        grad = torch.randn(5000, generator=generator)
+        p = p * (1 - 1e-2 * weight_decay) - 1e-2 * (0.9 * m + (1 - 0.9) * grad).sign()
+        m = 0.95 * m + (1 - 0.95) * grad
+        scalars = lion_scalars(lr=1e-2, beta1=0.9, beta2=0.95, weight_decay=weight_decay, step=step)
+        reference.lion_((ours,), grad, moments, scalars)
+        reference.lion_((hi, lo), grad, split_moments, scalars)
+    torch.testing.assert_close(ours.double(), p, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moments["exp_avg"].double(), m, rtol=1e-6, atol=1e-7)
+    assert torch.equal(reference.join_master(hi, lo), ours)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "nesterov"),
+    [(0.0, 0.0, False), (0.9, 0.0, False), (0.9, 0.3, False), (0.9, 0.0, True)],
+)
+def test_sgd_agrees_with_torch(momentum, dampening, nesterov, weight_decay):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5000, generator=generator)
+    options = {
+        "lr": 1e-2,
+        "momentum": momentum,
+        "dampening": dampening,
+        "nesterov": nesterov,
+        "weight_decay": weight_decay,
+    }
+    theirs = torch.nn.Parameter(start.clone())
+    optimizer = torch.optim.SGD([theirs], foreach=False, **options)
+    # The first step does not read the buffer.
+    moments = {"momentum_buffer": torch.full((5000,), math.nan)} if momentum else {}
+    ours, (hi, lo), split_moments = start.clone(), reference.split_master(start), clone(moments)
+    for step in range(1, 11):
+        grad = torch.randn(5000, generator=generator)
+        theirs.grad = grad.clone()
+        optimizer.step()
+        scalars = sgd_scalars(step=step, **options)
+        reference.sgd_((ours,), grad, moments, scalars)
+        reference.sgd_((hi, lo), grad, split_moments, scalars)
+        if step == 1 and momentum and not weight_decay:
+            assert torch.equal(moments["momentum_buffer"], grad)
+    torch.testing.assert_close(ours, theirs.detach(), rtol=2e-6, atol=1e-6)
+    if momentum:
+        buffer = optimizer.state[theirs]["momentum_buffer"]
+        torch.testing.assert_close(moments["momentum_buffer"], buffer, rtol=2e-6, atol=2e-6)
+    assert torch.equal(reference.join_master(hi, lo), ours)
+
+
+@pytest.mark.parametrize("name", ["sgd-split", "sgd_momentum-split", "sgd_nesterov-split"])
+def test_sgd_nan_becomes_the_one_nan(name, start_of):
+    case = BY_NAME[name]
+    state = start_of(case, 4, torch.float32, gentle=True)
+    state["grad"][1] = math.nan
+    case.apply(reference, state, case.scalars(2, 0.1))
+    assert state["hi"].isnan().tolist() == [False, True, False, False]
+    assert state["hi"].view(torch.int16)[1] == 0x7FC0 and state["lo"][1] == 0
+    if "momentum_buffer" in state:
+        assert state["momentum_buffer"].view(torch.int32)[1] == 0x7FC00000
+
+
+def test_lion_moves_by_the_learning_rate_or_not_at_all():
+    param, exp_avg = torch.ones(7), torch.tensor([0.0, -0.0, 0.0, 1.0, math.nan, 0.0, 0.0])
+    grad = torch.tensor([0.0, -0.0, 1e-45, -9.5, 1.0, math.nan, math.inf])
+    scalars = lion_scalars(lr=0.25, beta1=0.9, beta2=0.5, weight_decay=0.5, step=1)
+    reference.lion_((param,), grad, {"exp_avg": exp_avg}, scalars)
+    # 1e-45 is too small for one tenth of it to be a number. A NaN has no sign and must not be taken for zero.
+    assert param[:4].tolist() == [0.875, 0.875, 0.875, 1.125]
+    assert param.view(torch.int32)[4:6].tolist() == [0x7FC00000] * 2
+    assert param[6] == 0.625 and exp_avg[6] == math.inf
+    assert exp_avg.view(torch.int32)[4:6].tolist() == [0x7FC00000] * 2
 
 
 def test_8bit_moments_are_the_documented_sequence_of_roundings(make_state):

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, reference
-from slideformer_kernels.rules import ADAMW, Rule
+from slideformer_kernels import MOMENT_BLOCK_NUMEL, adamw_scalars, lion_scalars, reference, sgd_scalars
+from slideformer_kernels.rules import ADAMW, LION, SGD, Rule
 
 State = dict[str, torch.Tensor]
 
@@ -15,6 +15,9 @@ STEPS = ((1, 1.0, 0.0), (2, 0.3712345, 0.1), (1000, 1.0, 0.01))
 
 MOMENTS = tuple(ADAMW.formats["adamw"])
 CODES = tuple(ADAMW.formats["adamw_8bit"])
+
+# What no state has by its name is made like another moment.
+LIKE = {"momentum_buffer": "exp_avg"}
 
 SIZES = [0, 1, 31, 1023, 1024, 1025, 100003]
 SIZES_8BIT = [0, 1, 127, 128, 129, 1025, 100003]
@@ -54,7 +57,11 @@ class Case:
         """Take what this kind of update works on from a state that ``make_state`` made for its format."""
         hi, lo = reference.split_master(state["weight"])
         masters = {"hi": hi, "lo": lo} if self.is_split else {"weight": state["weight"]}
-        return {**masters, "grad": state["grad"], **{name: state[name] for name in self._moments}}
+        return {
+            **masters,
+            "grad": state["grad"],
+            **{name: state[LIKE.get(name, name)] for name in self._moments},
+        }
 
     def apply(
         self,
@@ -79,11 +86,26 @@ def adamw_of(step: int, weight_decay: float) -> object:
     return adamw_scalars(lr=3e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=weight_decay, step=step)
 
 
+def lion_of(step: int, weight_decay: float) -> object:
+    return lion_scalars(lr=1e-4, beta1=0.9, beta2=0.99, weight_decay=weight_decay, step=step)
+
+
+def sgd_of(
+    momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False
+) -> Callable[[int, float], object]:
+    options = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
+    return lambda step, weight_decay: sgd_scalars(lr=1e-2, weight_decay=weight_decay, step=step, **options)
+
+
 CASES = [
     Case(name, rule, kernel, is_split, scalars)
     for name, rule, kernel, scalars in (
         ("adamw", ADAMW, "adamw", adamw_of),
         ("adamw_8bit", ADAMW, "adamw_8bit", adamw_of),
+        ("lion", LION, "lion", lion_of),
+        ("sgd", SGD, "sgd", sgd_of()),
+        ("sgd_momentum", SGD, "sgd_momentum", sgd_of(momentum=0.9, dampening=0.3)),
+        ("sgd_nesterov", SGD, "sgd_momentum", sgd_of(momentum=0.9, nesterov=True)),
     )
     for is_split in (False, True)
 ]

@@ -62,6 +62,38 @@ TARGET INLINE VF ISA(adamw)(const VF *scalars, VF g, VF *p, VF *m, VF *v)
     return r;
 }
 
+/* 1 with the sign of x, 0 for either zero, NaN for NaN. */
+TARGET INLINE VF ISA(sign)(VF x)
+{
+    VI magnitude = vi_min_u32(vi_and(vf_bits(x), vi_set1(0x7FFFFFFF)), vi_set1(1));
+    VF sign = vf_of_int(vi_negate_where_negative(vf_bits(x), magnitude));
+    return vf_of_bits(vi_replace_where_nan(x, vf_bits(sign), vi_set1(CANONICAL_NAN)));
+}
+
+TARGET INLINE void ISA(lion)(const VF *scalars, VF g, VF *p, VF *m)
+{
+    const VF decay = scalars[0], beta1 = scalars[1], one_minus_beta1 = scalars[2], beta2 = scalars[3];
+    const VF one_minus_beta2 = scalars[4], minus_step_size = scalars[5];
+    VF c = vf_fma(beta1, *m, vf_mul(one_minus_beta1, g));
+    *p = vf_fma(*p, decay, vf_mul(minus_step_size, ISA(sign)(c)));
+    *m = vf_fma(beta2, *m, vf_mul(one_minus_beta2, g));
+}
+
+/* Without a buffer, or with momentum_buffer in b. The flags are read from args: as numbers that are the same for all
+ * elements they decide about branches, which cost nothing. */
+TARGET INLINE void ISA(sgd)(const update_args *args, const VF *scalars, VF g, VF *p, VF *b, int has_buffer)
+{
+    const VF weight_decay = scalars[0], momentum = scalars[1], one_minus_dampening = scalars[2];
+    const float nesterov = args->scalars[3], is_first = args->scalars[4];
+    const VF minus_step_size = scalars[5];
+    VF d = vf_fma(weight_decay, *p, g);
+    if (has_buffer) {
+        *b = is_first != 0.0f ? d : vf_fma(momentum, *b, vf_mul(one_minus_dampening, d));
+        d = nesterov != 0.0f ? vf_fma(momentum, *b, d) : *b;
+    }
+    *p = vf_fma(minus_step_size, d, *p);
+}
+
 /* ---- Updates on fp32 moments ---- */
 
 /* The hardware's prefetcher stops at page ends, and five streams reach one every 1024 elements. Called once for
@@ -98,6 +130,13 @@ TARGET INLINE void ISA(update_vector)(const update_args *args, const ISA(constan
     switch (rule) {
     case ADAMW:
         ISA(adamw)(scalars, g, &p, &m, &v);
+        break;
+    case LION:
+        ISA(lion)(scalars, g, &p, &m);
+        break;
+    case SGD:
+    case SGD_MOMENTUM:
+        ISA(sgd)(args, scalars, g, &p, &m, moments > 0);
         break;
     }
     if (moments > 0)
@@ -331,6 +370,9 @@ TARGET INLINE int64_t ISA(update_8bit)(const update_args *args, int64_t begin, i
     {{ISA(NAME##_fp32_fp32), ISA(NAME##_fp32_bf16)}, {ISA(NAME##_split_fp32), ISA(NAME##_split_bf16)}}
 
 DEFINE_UPDATES(adamw, ADAMW)
+DEFINE_UPDATES(lion, LION)
+DEFINE_UPDATES(sgd, SGD)
+DEFINE_UPDATES(sgd_momentum, SGD_MOMENTUM)
 DEFINE_UPDATE(adamw_8bit_fp32_fp32, update_8bit, 0, 0)
 DEFINE_UPDATE(adamw_8bit_fp32_bf16, update_8bit, 0, 1)
 DEFINE_UPDATE(adamw_8bit_split_fp32, update_8bit, 1, 0)
@@ -443,7 +485,11 @@ DEFINE_ROW_SUMS(row_sums_fp32, float, row_sum_fp32)
 DEFINE_ROW_SUMS(row_sums_fp64, double, row_sum_fp64)
 
 static const kernel_table ISA(kernels) = {
-    .update = {[ADAMW] = UPDATES(adamw), [ADAMW_8BIT] = UPDATES(adamw_8bit)},
+    .update = {[ADAMW] = UPDATES(adamw),
+               [ADAMW_8BIT] = UPDATES(adamw_8bit),
+               [LION] = UPDATES(lion),
+               [SGD] = UPDATES(sgd),
+               [SGD_MOMENTUM] = UPDATES(sgd_momentum)},
     .accumulate_bf16 = ISA(accumulate_bf16),
     .accumulate_fp32 = ISA(accumulate_fp32),
     .split = ISA(split),

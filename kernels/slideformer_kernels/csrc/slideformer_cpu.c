@@ -56,7 +56,7 @@ enum { MOMENT_BLOCK = 128 };
 #define BOUNDARY_NUMEL 1024
 
 /* Update rules with the format of their moments: rows of a kernel table. The numbers are those in cpu.py. */
-enum { ADAMW = 0, ADAMW_8BIT = 1, UPDATE_COUNT = 2 };
+enum { ADAMW = 0, ADAMW_8BIT = 1, LION = 2, SGD = 3, SGD_MOMENTUM = 4, UPDATE_COUNT = 5 };
 enum { MOMENTS = 4, SCALARS = 7 }; /* at the most */
 
 typedef struct {
@@ -135,7 +135,7 @@ INLINE float fma_float(float a, float b, float c)
 /* How many fp32 moments a rule keeps. */
 INLINE int moments_of(int rule)
 {
-    return rule == ADAMW ? 2 : 0;
+    return rule == ADAMW ? 2 : rule == SGD ? 0 : 1;
 }
 
 #include "isa_portable.h"
