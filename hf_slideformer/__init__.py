@@ -17,6 +17,8 @@ _EXPORTS = {
     "SlideAccelerator": "accelerator",
     "SlideFormerPlugin": "accelerator",
     "SlideAdamW": "optim",
+    "SlideLion": "optim",
+    "SlideSGD": "optim",
     "SlideFormerError": "errors",
     "ConfigError": "errors",
     "PlanError": "errors",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from .errors import UnsupportedModelError as UnsupportedModelError
     from .errors import UnsupportedVersionError as UnsupportedVersionError
     from .optim import SlideAdamW as SlideAdamW
+    from .optim import SlideLion as SlideLion
+    from .optim import SlideSGD as SlideSGD
     from .trainer import SlideTrainer as SlideTrainer
     from .trainer import SlideTrainerMixin as SlideTrainerMixin
     from .trl_trainers import SlideDPOTrainer as SlideDPOTrainer

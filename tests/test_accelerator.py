@@ -207,7 +207,7 @@ def halves(model):
 
 
 REFUSED = {
-    "sgd": (lambda model: [torch.optim.SGD(model.parameters())], "SGD .* use torch.optim.AdamW"),
+    "rmsprop": (lambda model: [torch.optim.RMSprop(model.parameters())], "RMSprop .* use torch.optim.AdamW"),
     "halves": (halves, "are in two optimizers; make one with a parameter group"),
     "twice": (lambda model: [torch.optim.AdamW(model.parameters()) for _ in "ab"], "are in two optimizers"),
     "more": (

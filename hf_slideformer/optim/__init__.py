@@ -9,10 +9,12 @@ import torch
 
 from ..errors import UnsupportedModelError
 from .adamw import SlideAdamW
+from .lion import SlideLion
 from .optimizer import SlideOptimizer
+from .sgd import SlideSGD
 
 # All that there are; the first is what training is planned for where nothing is known of the optimizer.
-OPTIMIZERS: tuple[type[SlideOptimizer], ...] = (SlideAdamW,)
+OPTIMIZERS: tuple[type[SlideOptimizer], ...] = (SlideAdamW, SlideLion, SlideSGD)
 
 
 def optimizer_class(kind: type) -> type[SlideOptimizer] | None:
@@ -84,6 +86,8 @@ def _listed(names: list[str]) -> str:
 __all__ = [
     "OPTIMIZERS",
     "SlideAdamW",
+    "SlideLion",
+    "SlideSGD",
     "SlideOptimizer",
     "adopt",
     "check_adoptable",

@@ -71,10 +71,9 @@ class UpdateRule(Protocol):
         ...
 
 
-def saved_format(rule: UpdateRule, names: Container[str]) -> MomentFormat | None:
-    """The format of saved state that consists of these names, of those that `rule` can read; None if it is none."""
-    whole = [form for form in rule.readable if all(part.name in names for part in form.parts)]
-    return max(whole, key=lambda form: len(form.parts), default=None)
+def saved_format(rule: UpdateRule, names: Container[str]) -> MomentFormat:
+    """The format of saved state with these names, of those that `rule` can read: that of which most parts are there."""
+    return max(rule.readable, key=lambda form: sum(part.name in names for part in form.parts))
 
 
 def zero_moments(moments: MomentFormat, spec: ParamSpec, device: torch.device) -> dict[str, torch.Tensor]:

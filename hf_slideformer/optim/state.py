@@ -179,8 +179,7 @@ class ParamState:
             raise CheckpointError(
                 f"{self.name}: the saved state has moments, but this model's parameter is frozen and has none"
             )
-        form = saved_format(rule, saved)
-        for part in (form or rule.readable[0]).parts:
+        for part in saved_format(rule, saved).parts:
             value = saved.get(part.name)
             shape = part.shape(self.spec)
             if not isinstance(value, torch.Tensor) or value.shape != shape:
@@ -207,7 +206,6 @@ class ParamState:
         rule = self.rule
         assert rule is not None, "frozen"
         have = saved_format(rule, saved)
-        assert have is not None, "check_saved comes first"
         values = {part.name: saved[part.name] for part in have.parts}
         if (
             have != rule.format

@@ -90,10 +90,10 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
     files, enqueued, too_early = Gated(), [], []
     trainer = _trainer(setting, tmp_path / "overlapped", files)
     _close_gate_on_save(trainer, files)
-    enqueue, update = StreamedUnit._update, streamed.update_unit
+    enqueue, update = StreamedUnit._submit_update, streamed.update_unit
 
-    def unit_update(home, landing, runs, step, **kwargs):
-        result = enqueue(home, landing, runs, step, **kwargs)
+    def unit_update(home, *args):
+        result = enqueue(home, *args)
         # Forward is over (and backward, where updates are deferred), and nothing has been written yet.
         if not files.gate.is_set():
             pending = trainer._pending_save
@@ -110,7 +110,7 @@ def test_steps_go_on_and_nothing_of_them_is_saved(tmp_path, monkeypatch, setting
             too_early.append(first.name)
         update(memory, grads, fp32, runs, threads)
 
-    monkeypatch.setattr(StreamedUnit, "_update", unit_update)
+    monkeypatch.setattr(StreamedUnit, "_submit_update", unit_update)
     monkeypatch.setattr(streamed, "update_unit", update_unit)
     trainer.train()
     assert too_early == []

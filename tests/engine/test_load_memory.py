@@ -19,6 +19,7 @@ SCRIPT = """
     from transformers import AutoModelForCausalLM
     from hf_slideformer import SlideAdamW, SlideConfig
     from hf_slideformer.engine.engine import SlideEngine
+    from hf_slideformer.engine.model.setup import Setup
 
     def anonymous():
         for line in open("/proc/self/status"):
@@ -39,7 +40,7 @@ SCRIPT = """
         watcher.start()
         model = AutoModelForCausalLM.from_pretrained(source, dtype=getattr(torch, dtype))
         loaded = anonymous() - before
-        engine = SlideEngine(model, device=torch.device("cpu"), bf16=True, config=SlideConfig(**settings))
+        engine = SlideEngine(model, Setup(device=torch.device("cpu"), bf16=True, config=SlideConfig(**settings)))
         done.set()
         watcher.join()
         print(json.dumps({

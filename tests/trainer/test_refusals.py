@@ -67,7 +67,7 @@ def test_arguments(tmp_path, name):
 
 
 OPTIMIZERS = {
-    "sgd": (lambda params: torch.optim.SGD(params, lr=0.1), "SGD", "use torch.optim.AdamW"),
+    "rmsprop": (lambda params: torch.optim.RMSprop(params), "RMSprop", "use torch.optim.AdamW"),
     "adam": (lambda params: torch.optim.Adam(params), "Adam", "use torch.optim.AdamW"),
     "amsgrad": (lambda params: torch.optim.AdamW(params, amsgrad=True), "amsgrad", "leave it off"),
     "maximize": (lambda params: torch.optim.AdamW(params, maximize=True), "maximize", "leave it off"),
@@ -94,7 +94,8 @@ def test_optimizer_that_has_made_steps(tmp_path):
 
 
 OPTIMIZER_CLASSES = {
-    "sgd": ((torch.optim.SGD, {}), "SGD", "use torch.optim.AdamW"),
+    "rmsprop": ((torch.optim.RMSprop, {}), "RMSprop", "use torch.optim.AdamW"),
+    "maximize": ((torch.optim.SGD, {"maximize": True}), "maximize", "leave it off"),
     "amsgrad": ((torch.optim.AdamW, {"amsgrad": True}), "amsgrad", "leave it off"),
 }
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 
 from hf_slideformer import SlideConfig, SlideTrainer
-from hf_slideformer.engine import engine as engine_module
+from hf_slideformer.memory import runtime
 
 from . import runs
 
@@ -19,8 +19,8 @@ from . import runs
 @pytest.fixture
 def slow_updates(monkeypatch):
     """Every update of a unit starts late enough for whoever does not wait to see old weights."""
-    worker = engine_module.UpdateWorker
-    monkeypatch.setattr(engine_module, "UpdateWorker", lambda metrics, _: worker(metrics, runs.slow(0.02)))
+    worker = runtime.UpdateWorker
+    monkeypatch.setattr(runtime, "UpdateWorker", lambda metrics, _: worker(metrics, runs.slow(0.02)))
 
 
 class _ReadsWeights(TrainerCallback):

@@ -81,6 +81,8 @@ def prepare_poisoned(monkeypatch):
         run = prepare(*args, **kwargs)
         with torch.no_grad():
             for unit in run.engine.executor.units:
+                if not unit.streams:
+                    continue
                 kept = [
                     (t, t.clone()) for state in unit.states for t in tensors_of(state).values() if t.numel()
                 ]

@@ -52,12 +52,8 @@ class Model(nn.Module):
 
 
 def stream(model, config=None, decisions=None, device="cpu", **settings):
-    engine = SlideEngine(
-        model,
-        Setup(device=torch.device(device), bf16=False, config=config or SlideConfig()),
-        decisions=decisions,
-        **settings,
-    )
+    setup = Setup(device=torch.device(device), bf16=False, config=config or SlideConfig(), **settings)
+    engine = SlideEngine(model, setup, decisions=decisions)
     optimizer = SlideAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     engine.attach_optimizer(optimizer)
     return engine, optimizer
