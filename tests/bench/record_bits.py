@@ -68,6 +68,29 @@ MODELS = {
     ),
 }
 
+# Of real sizes, for a GPU: layers of Llama-3.1-8B, and all of Qwen2.5-0.5B.
+_LLAMA_8B = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+_QWEN = {
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+MODELS |= {
+    "8B slice": ("LlamaConfig", "LlamaForCausalLM", _LLAMA_8B),
+    "0.5B": ("Qwen2Config", "Qwen2ForCausalLM", _QWEN),
+}
+
 _DISK = {"slide": {"nvme_dir": "{dir}"}}
 _ON_DISK = {"on_disk": (1, 2, 3), "disk_buffers": 2}
 _WHOLE_ON_DISK = _ON_DISK | {"weights_on_disk": (2, 3)}
@@ -132,6 +155,25 @@ RUNS: dict[str, dict[str, Any]] = {
         "slide": {"nvme_dir": "{dir}", "saving": "overlapped"},
     },
 }
+_UNSAVED = {"save_strategy": "no"}
+LARGE: dict[str, dict[str, Any]] = {
+    "8B slice": {"model": "8B slice", "dtype": "bfloat16", "tokens": 512, "args": _UNSAVED},
+    "8B slice, half resident": {
+        "model": "8B slice",
+        "dtype": "bfloat16",
+        "tokens": 512,
+        "args": _UNSAVED,
+        "place": {"resident": (0, 1), "activations": ("keep", "recompute", "offload", "keep")},
+    },
+    "8B slice, overlapped": {
+        "model": "8B slice",
+        "dtype": "bfloat16",
+        "tokens": 512,
+        "args": _UNSAVED | _UNCLIPPED,
+    },
+    "0.5B": {"model": "0.5B", "tokens": 256, "args": _UNSAVED},
+    "0.5B, accumulation": {"model": "0.5B", "tokens": 256, "args": _UNSAVED | _ACCUMULATE},
+}
 STEPS = 4
 
 
@@ -140,13 +182,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the record here")
     parser.add_argument("--against", type=Path, help="compare with this record")
-    parser.add_argument("--runs", nargs="+", default=list(RUNS), metavar="NAME", help="instead of all")
+    parser.add_argument("--runs", nargs="+", metavar="NAME", help="instead of all")
+    parser.add_argument("--large", action="store_true", help="models of real sizes instead, for a GPU")
     parser.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="resume from what is here; written if there is none"
     )
     arguments = parser.parse_args(argv)
     torch.use_deterministic_algorithms(True)
-    found = {name: record(**RUNS[name], saved=_place_of(arguments, name)) for name in arguments.runs}
+    known_runs = LARGE if arguments.large else RUNS
+    names = arguments.runs or list(known_runs)
+    found = {
+        name: record(**known_runs[name], saved=_place_of(arguments.checkpoints, name, known_runs[name]))
+        for name in names
+    }
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.against is None:
@@ -159,9 +207,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if differs else 0
 
 
-def _place_of(arguments: argparse.Namespace, name: str) -> Path | None:
-    kept = arguments.checkpoints is not None and RUNS[name].get("resume")
-    return arguments.checkpoints / name.replace(" ", "-").replace(",", "") if kept else None
+def _place_of(directory: Path | None, name: str, run: dict[str, Any]) -> Path | None:
+    kept = directory is not None and run.get("resume")
+    return directory / name.replace(" ", "-").replace(",", "") if directory and kept else None
 
 
 def record(
@@ -174,6 +222,7 @@ def record(
     lora: bool = False,
     resume: bool = False,
     place: dict[str, Any] | None = None,
+    tokens: int = 12,
     saved: Path | None = None,
 ) -> dict[str, Any]:
     """Losses, norms and checksums of one run; see `RUNS`. `saved` has its first half's checkpoint, or will have it."""
@@ -183,7 +232,13 @@ def record(
             solve = functools.partial(_decided, place)
             stack.enter_context(mock.patch("hf_slideformer.engine.planning.solve", solve))
         settings = {key: directory if value == "{dir}" else value for key, value in (slide or {}).items()}
-        common = {"output_dir": directory, "bf16": bf16, "slide": settings, "args": args or {}}
+        common = {
+            "output_dir": directory,
+            "bf16": bf16,
+            "slide": settings,
+            "args": args or {},
+            "tokens": tokens,
+        }
         trainer = _trainer(_model(model, dtype, lora), **common, steps=STEPS)
         if resume and (saved is None or not saved.exists()):
             trainer = _trainer(_model(model, dtype, lora), **common, steps=STEPS // 2)
@@ -238,10 +293,17 @@ def _model(name: str, dtype: str, lora: bool) -> torch.nn.Module:
 
 
 def _trainer(
-    model: torch.nn.Module, *, output_dir: str, bf16: bool, slide: dict, args: dict, steps: int
+    model: torch.nn.Module,
+    *,
+    output_dir: str,
+    bf16: bool,
+    slide: dict,
+    args: dict,
+    steps: int,
+    tokens: int = 12,
 ) -> SlideTrainer:
     generator = torch.Generator().manual_seed(7)
-    rows = torch.randint(4, 96, (48, 12), generator=generator).tolist()
+    rows = torch.randint(4, 96, (48, tokens), generator=generator).tolist()
     arguments = {
         "output_dir": output_dir,
         "per_device_train_batch_size": 2,
