@@ -5,15 +5,16 @@ import gc
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hf_slideformer.engine.state.in_ram import InRam
 from hf_slideformer.errors import PlanError
 from hf_slideformer.memory.buffers import HostBuffer, PinBudget
 from hf_slideformer.memory.layout import lay_out
 from hf_slideformer.memory.staging import StagingBuffers
-from hf_slideformer.memory.unit_memory import UnitMemory
 
 PAGE = mmap.PAGESIZE
 
@@ -129,7 +130,7 @@ def test_memory_is_pinned_for_the_device_of_the_model(monkeypatch):
     for make in (
         lambda: HostBuffer(PAGE, pin=pins.take(PAGE)),
         lambda: StagingBuffers(PAGE, 1, pin=pins.take(PAGE)).take(),
-        lambda: UnitMemory(lay_out([]), pin=pins.take(PAGE)).weights,
+        lambda: InRam("layer", lay_out([]), 0, SimpleNamespace(pins=pins)).memory.weights,
     ):
         assert make().pinned
         gc.collect()

@@ -260,7 +260,7 @@ def _gradients_by_hand(mode: str) -> Scenario:
         small.step(run, mode, 0)
         for _ in range(2):
             for state in run.engine.states:
-                if state.unit is not None:
+                if state.streams:
                     state.param.grad = torch.ones(state.param.shape, dtype=_gradient_dtype(state))
                 else:
                     device = run.engine.device

@@ -33,17 +33,21 @@ def test_everything_is_ordered(name, tmp_path):
 _SAMPLE = {
     "pool.py SlotPool.acquire: slot.handle.wait_stream()": "train, kept",
     "pool.py SlotPool._release: compute_event(self._device)": "train, streamed",
-    "pool.py SlotPool._fetch: after=() if awaited is None": "train, streamed",
-    "pool.py SlotPool._fetch: after_events=(slot.released,)": "train, overlapped",
+    "pool.py SlotPool._fetch: after=slot.released": "train, overlapped",
+    "link.py LocalLink.fill: after=(source.ready,)": "train, streamed",
+    "link.py LocalLink.fill: after_events=(after,)": "train, overlapped",
+    "link.py LocalLink.collect: compute_event(self._device)": "train, streamed",
     "offload.py TensorOffload.fetch: after_events=": "train, offload",
     "offload.py TensorOffload.take: handle.wait_stream()": "train, offload",
     "desks.py Desk.borrow.fetch: state.written[unit].wait_host()": "train, weights on disk",
     "gradients.py Gradients.push: self._in_flight.append": "train, streamed",
-    "gradients.py Gradients._copy: compute_event(self._device)": "train, streamed",
     "snapshot.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
-    "beside_device.py OutsideUpdates.step: after=(updated,)": "train, mixed",
-    "beside_device.py OutsideUpdates.wait_stream: self._pending.wait_stream()": "train, mixed",
-    "updates.py Updates._until_read": "save, streamed",
+    "streamed.py StreamedUnit._submit_update: after=*ready": "train, overlapped",
+    "streamed.py StreamedUnit._submit_update: after=*step.after": "save, streamed",
+    "on_device.py OnDevice.use_up: handle.wait_host()": "save, mixed",
+    "beside_device.py BesideDevice._send: after=(updated,)": "train, mixed",
+    "beside_device.py BesideDevice._send: done.keep(grads)": "train, mixed",
+    "group.py StateGroup.wait_stream: self.pending.wait_stream()": "train, mixed",
 }
 
 
