@@ -48,8 +48,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_slideformer.engine.state import gradients
-from hf_slideformer.engine.state import snapshot
+from hf_slideformer.engine.state import gradients, snapshot
 from hf_slideformer.memory import (
     buffers,
     pool,
