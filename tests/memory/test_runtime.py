@@ -152,8 +152,8 @@ def test_an_engine_that_cannot_be_made_leaves_nothing_running(threads, monkeypat
         raise MemoryError("no memory")
 
     config = SlideConfig(nvme_dir=str(tmp_path) if on_disk else None)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="no memory"):
-        patch.setattr(engine, part, fail)
+    monkeypatch.setattr(engine, part, fail)
+    with pytest.raises(MemoryError, match="no memory"):
         prepare(tiny_llama(), config=config, decisions=decide(on_disk=on_disk))
     assert not threads()
     assert not list(tmp_path.iterdir())
