@@ -119,6 +119,25 @@ def test_a_buffer_that_is_outgrown_is_read_before_it_is_let_go_of(offload):
     assert not thread.is_alive()
 
 
+def test_a_buffer_that_is_outgrown_is_written_before_it_is_let_go_of(offload):
+    """Of a forward without a backward: nobody waits for what is still on its way there."""
+    gate = threading.Event()
+    store, _ = offload({"d2h": lambda _: 0.0 if gate.wait(20) else 1.0})
+    parked = store.store("unit", torch.randn(1024))
+    left = parked.stored.left
+    del parked
+    gc.collect()
+    thread = threading.Thread(target=store.store, args=("unit", torch.randn(4096)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not left.is_complete
+    gate.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    store.settle()
+    assert store.host_bytes == 4 * 4096
+
+
 def test_a_buffer_lives_until_the_copy_from_it_is_done(offload, monkeypatch):
     """Also where the tensor that it was for is gone by then, and its place outgrown."""
     store, _ = offload()

@@ -168,6 +168,27 @@ def test_a_fetch_waits_for_the_pending_update(pool):
     assert pool.acquire(unit).leaves[0].eq(9.0).all()
 
 
+def test_the_source_is_given_back_once_the_copy_from_it_is_done(pool):
+    class Loan(Kept):
+        after = None
+
+        def release(self, *, after=None):
+            assert self.after is None
+            self.after = after
+
+    gate, unit = Handle("update"), _unit(0)
+    loan = Loan(unit.buffer, gate)
+    unit.source = lambda: loan
+    try:
+        pool.prefetch(unit, keep=(0,))
+        assert not loan.after.is_complete
+    finally:
+        gate.complete()
+    lease = pool.acquire(unit)
+    assert loan.after is lease.ready and loan.after.is_complete
+    lease.release()
+
+
 def test_changed_weights_are_fetched_anew(pool):
     unit, other = _unit(0), _unit(1)
     for one in (unit, other):

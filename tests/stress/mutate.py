@@ -219,11 +219,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def noticed_by(names: list[str]) -> str:
-    """Which of the scenarios notices that something is missing, and how; "" if none does."""
+    """Which of the scenarios notices that something is missing, and how; "" if none does.
+
+    One that takes too long ends the process.
+    """
     from .happens_before import watching
     from .scenarios import SCENARIOS
 
     for name in names:
+        signal.alarm(_LIMIT_S)
         with tempfile.TemporaryDirectory() as directory:
             try:
                 with watching() as watch:

@@ -33,6 +33,7 @@ def test_everything_is_ordered(name, tmp_path):
 _SAMPLE = {
     "pool.py SlotPool.acquire: slot.handle.wait_stream()": "train, kept",
     "pool.py SlotPool._release: compute_event(self._device)": "train, streamed",
+    "pool.py SlotPool._fetch: after=slot.handle": "train, overlapped on disk",
     "pool.py SlotPool._fetch: after=slot.released": "train, overlapped",
     "link.py LocalLink.fill: after=(source.ready,)": "train, streamed",
     "link.py LocalLink.fill: after_events=(after,)": "train, overlapped",
@@ -41,6 +42,8 @@ _SAMPLE = {
     "offload.py TensorOffload.take: handle.wait_stream()": "train, offload",
     "desks.py Desk.borrow.fetch: state.written[unit].wait_host()": "train, weights on disk",
     "gradients.py Gradients.push: self._in_flight.append": "train, streamed",
+    "gradients.py Gradients._push_own: after=back": "two backwards, last first, offload",
+    "offload.py TensorOffload.fetch: after=handle": "train, weights on disk",
     "snapshot.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
     "streamed.py StreamedUnit._submit_update: after=*ready": "train, overlapped",
     "streamed.py StreamedUnit._submit_update: after=*step.after": "save, streamed",
