@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Mapping
 
@@ -70,9 +71,14 @@ class Runtime:
         self.delays = delays or {}
         self.failure = Failure()
         self.pins = PinBudget(device, pinned_bytes)
-        self.to_device, self.to_host = (Lane(name, device, self.delays.get(name)) for name in ("h2d", "d2h"))
-        self.link: Link = LocalLink(device, self.to_device, self.to_host)
-        self.worker = UpdateWorker(self.metrics, self.delays.get("update"))
+        with contextlib.ExitStack() as begun:  # where the system refuses one thread, the others end
+            self.to_device = Lane("h2d", device, self.delays.get("h2d"))
+            begun.callback(self.to_device.close)
+            self.to_host = Lane("d2h", device, self.delays.get("d2h"))
+            begun.callback(self.to_host.close)
+            self.link: Link = LocalLink(device, self.to_device, self.to_host)
+            self.worker = UpdateWorker(self.metrics, self.delays.get("update"))
+            begun.pop_all()
         self._first: list[Callable[[], None]] = []
         self._last: list[Callable[[], None]] = []
         self._closed = False

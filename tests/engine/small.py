@@ -53,6 +53,7 @@ MODES = {
     "offload": {"offload": ALL},
     "mixed": {"resident": (1,), "keep": (1, 2), "offload": (0, 3), "outside_state": "RAM"},
     "overlapped": {},
+    "overlapped resident": {"resident": (1, 3)},
     "overlapped outside in RAM": {"outside_state": "RAM", "staging_buffers": 1},
     "sums": {"staging_buffers": 1},
     "sums of offload": {"offload": ALL, "staging_buffers": 2, "outside_state": "RAM"},

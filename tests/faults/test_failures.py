@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_slideformer import SlideConfig
-from hf_slideformer.engine.state import updates
+from hf_slideformer.engine.state import streamed
 from hf_slideformer.errors import StateError, TransferError
 from tests.engine.loop import assert_same_bits, decide, prepare, tiny_llama, train
 
@@ -30,7 +30,7 @@ def _fail_on_call(function, number, error):
 def test_a_failed_update_is_raised_with_its_cause_and_stops_the_engine(monkeypatch, update):
     run = prepare(tiny_llama(), config=SlideConfig(update=update))
     cause = MemoryError("out of arms")
-    monkeypatch.setattr(updates, "update_unit", _fail_on_call(updates.update_unit, 3, cause))
+    monkeypatch.setattr(streamed, "update_unit", _fail_on_call(streamed.update_unit, 3, cause))
     with pytest.raises((TransferError, StateError), match="out of arms") as caught:
         train(run, 3, max_norm=None)
     assert _has_cause(caught.value, cause)
@@ -50,7 +50,7 @@ def test_a_failed_gradient_copy_is_raised_and_a_reset_makes_the_engine_usable(mo
             raise OSError("link down")
         return 0.0
 
-    monkeypatch.setattr(run.engine._lanes[1], "_delay_s", fail_once)
+    monkeypatch.setattr(run.engine._runtime.to_host, "_delay_s", fail_once)
     tokens = torch.zeros(2, 16, dtype=torch.long)
     loss = run.model(input_ids=tokens, labels=tokens, use_cache=False).loss
     with pytest.raises(TransferError, match="link down"):
@@ -71,7 +71,7 @@ def test_a_failed_fetch_is_raised_and_the_next_one_works(monkeypatch):
             raise OSError("link down")
         return 0.0
 
-    monkeypatch.setattr(run.engine._lanes[0], "_delay_s", fail_once)
+    monkeypatch.setattr(run.engine._runtime.to_device, "_delay_s", fail_once)
     tokens = torch.zeros(2, 16, dtype=torch.long)
     with pytest.raises(TransferError, match=r"fetch of model\.layers\.4.*link down"):
         run.model(input_ids=tokens, labels=tokens, use_cache=False)
@@ -117,7 +117,7 @@ def test_a_reset_does_not_hide_the_cause(monkeypatch):
     run = prepare(tiny_llama(), config=SlideConfig(update="overlapped"))
     cause = MemoryError("out of arms")
     # That of the last unit in backward: nothing after it would notice.
-    monkeypatch.setattr(updates, "update_unit", _fail_on_call(updates.update_unit, 6, cause))
+    monkeypatch.setattr(streamed, "update_unit", _fail_on_call(streamed.update_unit, 6, cause))
     _loss(run).backward()
     with pytest.raises(StateError, match="out of arms") as caught:
         run.engine.reset()
@@ -152,13 +152,13 @@ def test_a_process_with_a_failed_worker_ends(tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            from hf_slideformer.engine import updates
+            from hf_slideformer.engine.state import streamed
             from tests.engine.loop import prepare, tiny_llama, train
 
             def fail(*args):
                 raise RuntimeError("broken on purpose")
 
-            updates.update_unit = fail
+            streamed.update_unit = fail
             train(prepare(tiny_llama()), 3)
             """
         )

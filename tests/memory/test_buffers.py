@@ -5,15 +5,16 @@ import gc
 import mmap
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hf_slideformer.engine.state.in_ram import InRam
 from hf_slideformer.errors import PlanError
 from hf_slideformer.memory.buffers import HostBuffer, PinBudget
-from hf_slideformer.memory.layout import lay_out
+from hf_slideformer.memory.layout import ParamSpec, lay_out
 from hf_slideformer.memory.staging import StagingBuffers
-from hf_slideformer.memory.unit_memory import UnitMemory
 
 PAGE = mmap.PAGESIZE
 
@@ -126,10 +127,11 @@ def test_memory_is_pinned_for_the_device_of_the_model(monkeypatch):
     """Not for the current one, where it would make a context."""
     cuda, device = _Cuda(monkeypatch), torch.device("cuda", 1)
     pins = PinBudget(device, 10 * PAGE)
+    frozen = lay_out([ParamSpec("weight", (PAGE // 4,), torch.float32, torch.float32, False, False)])
     for make in (
         lambda: HostBuffer(PAGE, pin=pins.take(PAGE)),
         lambda: StagingBuffers(PAGE, 1, pin=pins.take(PAGE)).take(),
-        lambda: UnitMemory(lay_out([]), pin=pins.take(PAGE)).weights,
+        lambda: InRam("layer", frozen, 0, SimpleNamespace(pins=pins)).memory.weights,
     ):
         assert make().pinned
         gc.collect()

@@ -11,27 +11,23 @@ from hf_slideformer.errors import StateError, TransferError
 from hf_slideformer.memory import streams
 from hf_slideformer.memory.buffers import HostBuffer
 from hf_slideformer.memory.offload import TensorOffload
-from hf_slideformer.memory.transfer import Handle, Lane
-from hf_slideformer.metrics import Metrics
+from hf_slideformer.memory.runtime import Runtime
+from hf_slideformer.memory.transfer import Handle
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def offload():
-    made, unpinned = [], []
+    made = []
 
     def make(delays=None):
-        delays = delays or {}
-        lanes = [Lane(name, CPU, delays.get(name)) for name in ("d2h", "h2d")]
-        made.extend(lanes)
-        metrics = Metrics()
-        offload = TensorOffload(CPU, *lanes, metrics, pin=lambda nbytes: False, unpinned=unpinned.append)
-        return offload, metrics
+        made.append(Runtime(CPU, delays=delays))
+        return TensorOffload(made[-1]), made[-1].metrics
 
     yield make
-    for lane in made:
-        lane.close()
+    for runtime in made:
+        runtime.close()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,11 +119,30 @@ def test_a_buffer_that_is_outgrown_is_read_before_it_is_let_go_of(offload):
     assert not thread.is_alive()
 
 
+def test_a_buffer_that_is_outgrown_is_written_before_it_is_let_go_of(offload):
+    """Of a forward without a backward: nobody waits for what is still on its way there."""
+    gate = threading.Event()
+    store, _ = offload({"d2h": lambda _: 0.0 if gate.wait(20) else 1.0})
+    parked = store.store("unit", torch.randn(1024))
+    left = parked.stored.left
+    del parked
+    gc.collect()
+    thread = threading.Thread(target=store.store, args=("unit", torch.randn(4096)))
+    thread.start()
+    thread.join(0.2)
+    assert thread.is_alive() and not left.is_complete
+    gate.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    store.settle()
+    assert store.host_bytes == 4 * 4096
+
+
 def test_a_buffer_lives_until_the_copy_from_it_is_done(offload, monkeypatch):
     """Also where the tensor that it was for is gone by then, and its place outgrown."""
     store, _ = offload()
     parked = store.store("unit", torch.randn(1024))
-    buffer = weakref.ref(parked.buffer)
+    buffer = weakref.ref(parked.stored.again().buffer)
     with monkeypatch.context() as patch:
         patch.setattr(streams.CpuEvent, "query", lambda self: False)  # late
         store.fetch(parked).wait_host()

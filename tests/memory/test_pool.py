@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from hf_slideformer.errors import TransferError
+from hf_slideformer.memory.buffers import HostBuffer
 from hf_slideformer.memory.layout import ParamSpec, UnitLayout, lay_out
+from hf_slideformer.memory.lease import Kept
 from hf_slideformer.memory.pool import SlotPool
-from hf_slideformer.memory.transfer import Handle, Lane
-from hf_slideformer.metrics import Metrics
+from hf_slideformer.memory.runtime import Runtime
+from hf_slideformer.memory.transfer import Handle
 
 CPU = torch.device("cpu")
 NUMEL = 200
@@ -21,37 +23,43 @@ class Unit:
 
     index: int
     layout: UnitLayout
-    host_weights: torch.Tensor
+    buffer: HostBuffer
     pending_update: Handle | None = None
-    borrow_weights: None = None
 
     @property
     def name(self):
         return f"unit {self.index}"
 
+    @property
+    def weights(self):
+        return self.buffer.tensor(torch.float32, 0, self.layout.numel)
+
+    def source(self):
+        return Kept(self.buffer, self.pending_update)
+
 
 def _unit(index, numel=NUMEL):
     layout = lay_out([ParamSpec("w", (numel,), torch.float32, torch.float32, False, True)])
-    host = torch.zeros(layout.weight_bytes, dtype=torch.uint8)
-    host[: numel * 4].view(torch.float32).fill_(index + 1.0)
-    return Unit(index, layout, host)
+    unit = Unit(index, layout, HostBuffer(layout.weight_bytes))
+    unit.weights.fill_(index + 1.0)
+    return unit
 
 
 @pytest.fixture
-def lane():
-    lane = Lane("h2d", CPU, lambda label: 0.002)
-    yield lane
-    lane.close()
+def runtime():
+    runtime = Runtime(CPU, delays={"h2d": lambda label: 0.002})
+    yield runtime
+    runtime.close()
 
 
 @pytest.fixture
-def metrics():
-    return Metrics()
+def metrics(runtime):
+    return runtime.metrics
 
 
 @pytest.fixture
-def pool(lane, metrics):
-    return SlotPool(CPU, _unit(0).layout.weight_bytes, 2, lane, metrics)
+def pool(runtime):
+    return SlotPool(runtime, _unit(0).layout.weight_bytes, 2)
 
 
 def _fetched(metrics):
@@ -128,8 +136,8 @@ def test_prefetch_never_takes_what_is_kept_or_leased(pool, metrics):
     assert leased.leaves[0].eq(2.0).all()
 
 
-def test_the_slot_used_longest_ago_is_taken(lane, metrics):
-    pool = SlotPool(CPU, _unit(0).layout.weight_bytes, 3, lane, metrics)
+def test_the_slot_used_longest_ago_is_taken(runtime, metrics):
+    pool = SlotPool(runtime, _unit(0).layout.weight_bytes, 3)
     for index in (0, 1, 2, 0):
         pool.acquire(_unit(index)).release()
     pool.acquire(_unit(3)).release()  # in the place of 1
@@ -155,16 +163,37 @@ def test_a_fetch_waits_for_the_pending_update(pool):
     unit, update = _unit(0), Handle("update of unit 0")
     unit.pending_update = update
     pool.prefetch(unit, keep=(0,))
-    unit.host_weights[: NUMEL * 4].view(torch.float32).fill_(9.0)
+    unit.weights.fill_(9.0)
     update.complete()
     assert pool.acquire(unit).leaves[0].eq(9.0).all()
+
+
+def test_the_source_is_given_back_once_the_copy_from_it_is_done(pool):
+    class Loan(Kept):
+        after = None
+
+        def release(self, *, after=None):
+            assert self.after is None
+            self.after = after
+
+    gate, unit = Handle("update"), _unit(0)
+    loan = Loan(unit.buffer, gate)
+    unit.source = lambda: loan
+    try:
+        pool.prefetch(unit, keep=(0,))
+        assert not loan.after.is_complete
+    finally:
+        gate.complete()
+    lease = pool.acquire(unit)
+    assert loan.after is lease.ready and loan.after.is_complete
+    lease.release()
 
 
 def test_changed_weights_are_fetched_anew(pool):
     unit, other = _unit(0), _unit(1)
     for one in (unit, other):
         pool.acquire(one).release()
-        one.host_weights[: NUMEL * 4].view(torch.float32).mul_(10.0)
+        one.weights.mul_(10.0)
     pool.invalidate_unit(0)
     assert pool.acquire(unit).leaves[0].eq(10.0).all()
     stale = pool.acquire(other)
@@ -212,9 +241,9 @@ def test_a_failed_prefetch_of_one_unit_does_not_stop_another(pool):
         lease.release()
 
 
-def test_slots_outlive_inference_mode(lane, metrics):
+def test_slots_outlive_inference_mode(runtime):
     with torch.inference_mode():
-        pool = SlotPool(CPU, _unit(0).layout.weight_bytes, 2, lane, metrics)
+        pool = SlotPool(runtime, _unit(0).layout.weight_bytes, 2)
         lease = pool.acquire(_unit(0))
     (leaf,) = lease.leaves
     (leaf * 2).sum().backward()

@@ -7,6 +7,7 @@ import torch
 
 from hf_slideformer.errors import PlanError, StateError
 from hf_slideformer.memory import staging
+from hf_slideformer.memory.lease import released_on_error
 from hf_slideformer.memory.staging import StagingBuffers
 
 pytestmark = pytest.mark.timeout(30)  # a buffer that is lost hangs
@@ -19,7 +20,7 @@ def one():
 
 def _works(buffers):
     """A use of the only buffer from end to end."""
-    staged = buffers.staged()
+    staged = buffers.lease()
     with staged.filled() as buffer:
         buffer.tensor(torch.uint8, 0, 3).fill_(7)
     with staged.read() as buffer:
@@ -33,7 +34,7 @@ def test_what_one_thread_fills_another_reads(one):
 
 
 def test_filling_waits_for_the_reader(one):
-    first, second, filled = one.staged(), one.staged(), threading.Event()
+    first, second, filled = one.lease(), one.lease(), threading.Event()
     with first.filled():
         pass
 
@@ -52,11 +53,11 @@ def test_filling_waits_for_the_reader(one):
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()])
 def test_a_buffer_is_free_after_filling_or_reading_fails(one, error):
-    staged = one.staged()
+    staged = one.lease()
     with pytest.raises(type(error)), staged.filled():
         raise error
     _works(one)
-    staged = one.staged()
+    staged = one.lease()
     with staged.filled():
         pass
     with pytest.raises(type(error)), staged.read():
@@ -65,11 +66,11 @@ def test_a_buffer_is_free_after_filling_or_reading_fails(one, error):
 
 
 def test_a_buffer_that_nobody_will_read_is_free_when_it_is_dropped(one):
-    staged = one.staged()
+    staged = one.lease()
     with staged.filled():
         pass
-    staged.drop()
-    staged.drop()
+    staged.release()
+    staged.release()
     _works(one)
     with pytest.raises(StateError, match="dropped"), staged.read():
         pass
@@ -77,15 +78,15 @@ def test_a_buffer_that_nobody_will_read_is_free_when_it_is_dropped(one):
 
 
 def test_one_that_is_dropped_while_it_is_filled_is_free_afterwards(one):
-    staged = one.staged()
+    staged = one.lease()
     with staged.filled():
-        staged.drop()
+        staged.release()
     _works(one)
 
 
 def test_one_that_is_dropped_before_takes_no_buffer(one):
-    staged = one.staged()
-    with pytest.raises(KeyboardInterrupt), staged.dropped_on_error():
+    staged = one.lease()
+    with pytest.raises(KeyboardInterrupt), released_on_error(staged):
         raise KeyboardInterrupt
     with pytest.raises(StateError, match="nobody will read"), staged.filled():
         pass
@@ -93,11 +94,11 @@ def test_one_that_is_dropped_before_takes_no_buffer(one):
 
 
 def test_dropping_what_is_being_read_does_not_free_it_twice(one):
-    staged = one.staged()
+    staged = one.lease()
     with staged.filled():
         pass
     with staged.read():
-        staged.drop()
+        staged.release()
     _works(one)
     assert len(one._free) == 1
 
@@ -108,6 +109,6 @@ def test_memory_that_is_refused_leaves_the_place_free(one, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(staging, "HostBuffer", refuse)
-        with pytest.raises(PlanError, match="no memory"), one.staged().filled():
+        with pytest.raises(PlanError, match="no memory"), one.lease().filled():
             pass
     _works(one)

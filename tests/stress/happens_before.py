@@ -48,19 +48,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hf_slideformer.engine.state import gradients
-from hf_slideformer.engine.state import snapshot as held
+from hf_slideformer.engine.state import gradients, snapshot
 from hf_slideformer.memory import (
-    buffers as pinned,
-)
-from hf_slideformer.memory import (
+    buffers,
     pool,
     staging,
     streams,
     transfer,
     worker,
 )
-from hf_slideformer.memory.disk import desks, store
+from hf_slideformer.memory.disk import desks, files, store
 from hf_slideformer.optim import state
 
 COMPUTE = "compute"
@@ -543,7 +540,7 @@ def _watch_streams(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(streams, "CpuEvent", _watched_event(watch))
     _wrap(patch, transfer.Lane, "__init__", init_lane)
-    _wrap(patch, held.HeldState, "__init__", init_held)
+    _wrap(patch, snapshot.HeldState, "__init__", init_held)
     _wrap(patch, streams.CpuStream, "active", lambda original, self: watch.on_stream(names.get(id(self))))
     _wrap(patch, streams.CpuStream, "wait", wait)
 
@@ -635,7 +632,7 @@ def _watch_threads(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
             clock = watch.tick()
             thread = threading.current_thread()
             actor = f"thread {thread.name} {thread.ident}"
-            file, label = files.address(chunk.piece) + chunk.offset, self._handle.label
+            file, label = places.address(chunk.piece) + chunk.offset, self._handle.label
             if self._writing:
                 watch.bytes_accessed(start, nbytes, label, write=False, actor=actor, clock=clock)
                 watch.bytes_accessed(file, nbytes, label, write=True, actor=actor, clock=clock)
@@ -650,12 +647,12 @@ def _watch_threads(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
         original(self)
 
     addresses: dict[int, tuple[object, int]] = {}
-    files = _Files()
+    places = _Files()
 
     def map_file(original, self):
         mapping = original(self)
         with watch.not_looking():
-            files.mapped(self, torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr())
+            places.mapped(self, torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr())
         return mapping
 
     def watch_address(buffer) -> int:
@@ -694,19 +691,17 @@ def _watch_memory(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
         with watch.not_looking():
             original(slot)
 
-    _wrap(patch, pinned.HostBuffer, "__init__", init)
-    _wrap(patch, pinned.MappedFile, "__init__", init)
+    _wrap(patch, buffers.HostBuffer, "__init__", init)
+    _wrap(patch, buffers.MappedFile, "__init__", init)
     poison_original = pool.SlotPool._poison
     patch.setattr(pool.SlotPool, "_poison", staticmethod(functools.partial(poison, poison_original)))
 
 
 def _watch_kernels(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
-    def adamw(kernel, masters: int):
-        def run(*tensors, scalars, grad_scale, threads=None, **moments):
-            kernel(*tensors, scalars=scalars, grad_scale=grad_scale, threads=threads, **moments)
-            watch.operation("adamw", [tensors[masters]], [*tensors[:masters], *moments.values()])
-
-        return run
+    def update(original, self, weight, residual, grad, moments, threads):
+        original(self, weight, residual, grad, moments, threads)
+        masters = [weight] if residual is None else [weight, residual]
+        watch.operation(self.rule.name, [grad], [*masters, *moments.values()])
 
     def accumulate(original, acc, grad, **kwargs):
         original(acc, grad, **kwargs)
@@ -727,8 +722,7 @@ def _watch_kernels(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
         watch.operation("join_master", [hi, lo], [result])
         return result
 
-    for key, kernel in list(state._KERNELS.items()):
-        patch.setitem(state._KERNELS, key, adamw(kernel, 2 if key[1] else 1))
+    _wrap(patch, state.UpdateRun, "apply", update)
     _wrap(patch, gradients, "accumulate_", accumulate)
     _wrap(patch, gradients, "sum_of_squares", sum_of_squares)
     _wrap(patch, state, "split_master", split)

@@ -1,7 +1,7 @@
 """Is every wait needed, and every record? Leaves out one after the other and sees what notices.
 
-A site is a wait (of a thread, or of a stream), the recording of an event, an `after=` or `after_events=`, or a
-reference that is held until a copy is done, in the engine's source. Without it the function that has it gets other
+A site is a wait (of a thread, or of a stream), the recording of an event, one thing of an `after=` or `after_events=`,
+or a reference that is held until a copy is done, in the engine's source. Without it the function that has it gets other
 bytecode, in a process of its own, and the scenarios (`scenarios.py`) run under the race detector (`happens_before.py`)
 until one fails; where none does, the other tests of order and failures.
 
@@ -36,9 +36,12 @@ FOLDERS = ("memory", "engine", "optim")
 
 _WAITS = {
     *("wait_host", "wait_stream", "wait_issued", "wait", "synchronize", "settle", "drain"),
-    *("wait_held", "wait_outside", "_until_read"),
+    *("wait_held", "wait_outside"),
 }
 _REFERENCES = {"_in_flight", "_leaving"}
+_AFTER = ("after", "after_events")
+# What takes several things to come after; the others take one.
+_TAKE_MANY = ("submit", "submit_sum", "collect", "land")
 _LIMIT_S = 60
 
 
@@ -78,7 +81,8 @@ class _Sites(ast.NodeVisitor):
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
             on = ast.unparse(call.func.value)
             if (call.func.attr in _WAITS and on != "self._wake") or (
-                call.func.attr == "append" and on.removeprefix("self.") in _REFERENCES
+                (call.func.attr == "append" and on.removeprefix("self.") in _REFERENCES)
+                or call.func.attr == "keep"
             ):
                 self._add(node, ast.unparse(node))
         self.generic_visit(node)
@@ -91,11 +95,22 @@ class _Sites(ast.NodeVisitor):
 
     def visit_Call(self, node: ast.Call) -> None:
         for keyword in node.keywords:
-            if keyword.arg in ("after", "after_events") and not isinstance(keyword.value, ast.Name):
-                self._add(keyword.value, f"{keyword.arg}={ast.unparse(keyword.value)}")
+            if keyword.arg in _AFTER and not _is_passed_on(keyword):
+                for part in _parts(keyword.value):
+                    self._add(part, f"{keyword.arg}={ast.unparse(part)}")
         if _records(node):
             self._add(node, ast.unparse(node))
         self.generic_visit(node)
+
+
+def _is_passed_on(keyword: ast.keyword) -> bool:
+    """Whether it is what the function itself was given, which has its site where that comes from."""
+    return isinstance(keyword.value, ast.Name) and keyword.value.id == keyword.arg
+
+
+def _parts(value: ast.expr) -> list[ast.expr]:
+    """What is left out one at a time: of several things each."""
+    return value.elts if isinstance(value, ast.Tuple) and len(value.elts) > 1 else [value]
 
 
 def _records(node: ast.Call) -> bool:
@@ -140,10 +155,12 @@ class _LeftOut(ast.NodeTransformer):
         if _records(node) and self._is_it(node, ast.unparse(node)):
             return ast.parse(f"__import__('{__name__}', fromlist=['']).never_recorded()", mode="eval").body
         for keyword in node.keywords:
-            if keyword.arg and self._is_it(keyword.value, f"{keyword.arg}={ast.unparse(keyword.value)}"):
-                many = ast.unparse(node.func).endswith(("submit", "_copy", "UnitUpdate"))
-                nothing = ast.Tuple([], ast.Load()) if many else ast.Constant(None)
-                keyword.value = ast.copy_location(nothing, keyword.value)
+            for part in _parts(keyword.value) if keyword.arg else ():
+                if self._is_it(part, f"{keyword.arg}={ast.unparse(part)}"):
+                    left = [other for other in _parts(keyword.value) if other is not part]
+                    many = ast.unparse(node.func).endswith(_TAKE_MANY)
+                    nothing = ast.Tuple(left, ast.Load()) if many else ast.Constant(None)
+                    keyword.value = ast.copy_location(nothing, keyword.value)
         return self.generic_visit(node)
 
 
@@ -202,11 +219,15 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def noticed_by(names: list[str]) -> str:
-    """Which of the scenarios notices that something is missing, and how; "" if none does."""
+    """Which of the scenarios notices that something is missing, and how; "" if none does.
+
+    One that takes too long ends the process.
+    """
     from .happens_before import watching
     from .scenarios import SCENARIOS
 
     for name in names:
+        signal.alarm(_LIMIT_S)
         with tempfile.TemporaryDirectory() as directory:
             try:
                 with watching() as watch:
@@ -271,7 +292,10 @@ def _by_tests(site: Site) -> str:
 
 
 _TESTS = [
-    *(f"tests/memory/test_{name}.py" for name in ("transfer", "pool", "offload", "staging", "worker")),
+    *(
+        f"tests/memory/test_{name}.py"
+        for name in ("lease", "transfer", "pool", "offload", "staging", "worker", "runtime")
+    ),
     "tests/memory/disk",
     "tests/faults/test_dead_device.py",
     "tests/stress/test_order.py",

@@ -233,15 +233,15 @@ def _leased_for_ever(mode: str) -> Scenario:
     return train
 
 
-def _two_backwards(mode: str) -> Scenario:
+def _two_backwards(mode: str, *, last_first: bool = False) -> Scenario:
     """Gradients are added to those of a backward before, though one backward a step was planned."""
 
     def train(watch: HappensBefore, directory: str) -> None:
         run = small.start(mode, directory)
         for number in range(2):
             both = [run.model(small.batch(number, micro)) for micro in range(2)]
-            for loss in both:
-                loss.backward()
+            for loss in reversed(both) if last_first else both:
+                loss.backward()  # of the last first: gradients land where an input of the other still waits
             run.engine.clip_grad_norm_(run.model.parameters(), 0.1)
             run.model(small.batch(number, 2)).backward()
             run.optimizer.step()
@@ -260,7 +260,7 @@ def _gradients_by_hand(mode: str) -> Scenario:
         small.step(run, mode, 0)
         for _ in range(2):
             for state in run.engine.states:
-                if state.unit is not None:
+                if state.streams:
                     state.param.grad = torch.ones(state.param.shape, dtype=_gradient_dtype(state))
                 else:
                     device = run.engine.device
@@ -344,6 +344,10 @@ SCENARIOS: dict[str, Scenario] = {
     **{
         f"two backwards, {mode}": _two_backwards(mode)
         for mode in ("streamed", "kept", "offload", "mixed", "state on disk", "weights on disk")
+    },
+    **{
+        f"two backwards, last first, {mode}": _two_backwards(mode, last_first=True)
+        for mode in ("offload", "mixed", "weights on disk")
     },
     **{
         f"gradients by hand, {mode}": _gradients_by_hand(mode)

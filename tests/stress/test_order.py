@@ -13,7 +13,7 @@ import torch
 
 from hf_slideformer import SlideConfig
 from hf_slideformer.memory import pool
-from hf_slideformer.memory.transfer import Handle
+from hf_slideformer.memory.transfer import Handle, Lane
 from tests.engine.loop import Run, assert_same_bits, prepare, tiny_llama, train
 
 STEPS = 4
@@ -107,14 +107,12 @@ def test_computing_before_the_copy_has_landed_is_seen(undisturbed, monkeypatch):
 
 
 def test_fetching_before_the_update_is_seen(undisturbed, monkeypatch):
-    original = pool.Lane.submit
+    original = Lane.submit
 
-    def submit(self, label, work, *, after=(), after_events=()):
-        return original(
-            self, label, work, after=() if label.startswith("fetch") else after, after_events=after_events
-        )
+    def submit(self, label, work, *, after=(), **given):
+        return original(self, label, work, after=() if label.startswith("fetch") else after, **given)
 
-    monkeypatch.setattr(pool.Lane, "submit", submit)
+    monkeypatch.setattr(Lane, "submit", submit)
     gate = Gate("update of model.layers.5")  # until the next forward has used the layer
     forwards = itertools.count()
 

@@ -263,15 +263,16 @@ class OnDisk(StreamedUnit):
         """See `Home`."""
         with self._disk.opened():
             loan = self._borrow_state()
-            try:
-                loan.ready.wait_host()
-                with self._attached(loan, changes=write):
-                    yield
-            finally:
-                if write:
-                    loan.write_back(self._places.nbytes)
-                else:
-                    loan.release()
+            with released_on_error(loan):  # also where Ctrl-C comes as it is given back
+                try:
+                    loan.ready.wait_host()
+                    with self._attached(loan, changes=write):
+                        yield
+                finally:
+                    if write:
+                        loan.write_back(self._places.nbytes)
+                    else:
+                        loan.release()
 
     def _borrow_state(self) -> Loan:
         return self._disk.updates.borrow(self._unit, self._places.state)

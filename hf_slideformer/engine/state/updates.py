@@ -182,7 +182,12 @@ class Updates:
             group.pending = None
 
     def wait_outside(self, *_: object) -> None:
-        """Make the current stream wait for updates of parameters outside of units; called before the model runs."""
+        """Make the current stream wait for updates of parameters outside of units; called before the model runs.
+
+        Raises:
+            StateError: an update failed.
+        """
+        self._runtime.failure.check()  # first: what is pending may have failed of that
         self._placed.outside.wait_stream()
 
     def abandon(self) -> None:

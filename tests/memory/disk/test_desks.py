@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from hf_slideformer.errors import TransferError
-from hf_slideformer.memory.disk.desks import DiskState, lent
+from hf_slideformer.memory.disk.desks import DiskState
 from hf_slideformer.memory.disk.store import DiskStore
+from hf_slideformer.memory.lease import used_by
 from hf_slideformer.memory.transfer import Handle, Lane
 from hf_slideformer.metrics import Metrics
 
@@ -45,7 +46,7 @@ def _use(desk, unit):
     data = loan.buffer.tensor(torch.uint8, 0, NBYTES)
     was = int(data[0])
     data.add_(1)
-    loan.give_back(write=True)
+    loan.write_back()
     return was
 
 
@@ -58,15 +59,15 @@ def test_giving_back_again_does_nothing(state):
     desk = state.open_desk("test", 2, NBYTES)
     loan = desk.borrow(0)
     for _ in range(3):
-        loan.give_back()
-    loan.give_back(write=True)
+        loan.release()
+    loan.write_back()
     first, second, third = (desk.borrow(unit) for unit in range(3))
     first.ready.wait_host()
     second.ready.wait_host()
     assert first.buffer is not second.buffer
     assert not third.ready.is_complete, "there were two buffers"
     for one in (first, second, third):
-        one.give_back()
+        one.release()
 
 
 @pytest.mark.parametrize("buffers", [1, 2])
@@ -77,10 +78,10 @@ def test_a_loan_given_back_before_it_is_read_does_not_wait_for_itself(state, buf
     for one in held:
         one.ready.wait_host()
     waiting, behind = desk.borrow(1), desk.borrow(2)
-    behind.give_back()
-    waiting.give_back()
+    behind.release()
+    waiting.release()
     for one in held:
-        one.give_back()
+        one.release()
     assert [_use(desk, unit) for unit in (1, 2, 3)] == [0, 0, 0]
 
 
@@ -88,13 +89,13 @@ def test_a_buffer_is_not_filled_again_before_its_last_reader_is_done(state):
     desk = state.open_desk("test", 1, NBYTES)
     reading = Handle("copy")
     loan = desk.borrow(0)
-    loan.give_back(after=reading)  # before it is there
+    loan.release(after=reading)  # before it is there
     loan.ready.wait_host()
     following = desk.borrow(1)
     assert not following.ready._issued.wait(0.2)
     reading.fail(RuntimeError("boom"))  # over, well or not; and not the next one's failure
     following.ready.wait_host()
-    following.give_back()
+    following.release()
 
 
 def test_a_loan_that_nobody_got_comes_back_by_itself(state):
@@ -110,7 +111,8 @@ def test_a_loan_comes_back_when_the_copy_cannot_be_arranged(state, lane):
     lane.submit("a copy from it that was arranged", lambda: gate.wait(20))
 
     def interrupted():
-        with lent(lambda: desk.borrow(0), lane) as loan:
+        loan = desk.borrow(0)
+        with used_by(lane, loan):
             loan.ready.wait_host()
             raise KeyboardInterrupt
 
@@ -120,7 +122,7 @@ def test_a_loan_comes_back_when_the_copy_cannot_be_arranged(state, lane):
     assert not following.ready._issued.wait(0.2), "the lane may still read the buffer"
     gate.set()
     following.ready.wait_host()
-    following.give_back()
+    following.release()
 
 
 def test_what_is_given_back_to_be_written_is_read_first(tmp_path, failures):
@@ -132,15 +134,10 @@ def test_what_is_given_back_to_be_written_is_read_first(tmp_path, failures):
     desk = state.open_desk("test", 1, NBYTES)
     loan = desk.borrow(0)
     threading.Timer(0.1, gate.set).start()
-    loan.give_back(write=True)
+    loan.write_back()
     assert gate.is_set()
     assert _use(desk, 0) == 0
     state.close()
-
-
-def test_without_a_file_nothing_is_lent(lane):
-    with lent(None, lane) as loan:
-        assert loan is None
 
 
 def test_a_failed_write_is_told_and_its_buffer_comes_back(state, failures, monkeypatch):
