@@ -198,8 +198,8 @@ class SlideEngine:
 
     def _hook_gradients(self, run: Callable[..., None], *, knows_state: bool = False) -> None:
         """Have `run` called before autograd fills the gradient of a parameter, or adds to it."""
-        for state in self.states:
-            if not state.streams and state.param.requires_grad:
+        for state in self._placed.computing:
+            if state.param.requires_grad:
                 call = functools.partial(run, state=state) if knows_state else run
                 self._gradient_hooks.append(state.param.register_hook(Hook(self, call)))
 
@@ -286,9 +286,8 @@ class SlideEngine:
 
     def begin_forward(self) -> None:
         """See `GradientSink`."""
-        resident = [state for state in self.states if not state.streams]
-        with unguarded(state.param for state in resident):
-            for state in resident:
+        with unguarded(state.param for state in self._placed.computing):
+            for state in self._placed.computing:
                 check_unchanged(state)
         for state in self._promoted:
             if state.param.grad is None:  # a step is over
@@ -303,7 +302,9 @@ class SlideEngine:
         Raises:
             PlanError: gradients that wait for their update do not fit.
         """
-        can_wait = self.config.update == "auto" and not self.plan.decisions.weights_on_disk
+        can_wait = self.config.update == "auto" and all(
+            group.home.gradients_can_wait for group in self._placed.groups
+        )
         if self.overlapped and self.gradients is not None and can_wait and not self._updates.has_begun:
             self._defer_updates(
                 f"updates are deferred, because {unit.name} runs forward more than once a step"
@@ -357,11 +358,10 @@ class SlideEngine:
 
     def _update_residents_in_backward(self) -> None:
         """With overlapped updates, use up gradients of resident units when they are there: their memory is free."""
-        for unit in self.executor.units if self.overlapped else ():
-            for param in unit.found.parameters.values():
-                if param.requires_grad and unit.group.home.updates_at_once:
-                    hook = Hook(self, SlideEngine._use_up_gradient)
-                    self._gradient_hooks.append(param.register_post_accumulate_grad_hook(hook))
+        for state in self._placed.computing if self.overlapped else ():
+            if state.param.requires_grad and self._placed.group_of(state) is not self._placed.outside:
+                hook = Hook(self, SlideEngine._use_up_gradient)
+                self._gradient_hooks.append(state.param.register_post_accumulate_grad_hook(hook))
 
     def _use_up_gradient(self, param: nn.Parameter) -> None:
         state, grad = self.param_state(param), param.grad

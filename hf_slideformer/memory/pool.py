@@ -142,6 +142,8 @@ class SlotPool:
 
     def acquire(self, unit: WeightSource) -> SlotLease:
         """The unit's weights on the device; the current stream waits for them, the host does not."""
+        if not unit.layout.segments:  # it computes with what is there
+            return SlotLease.nothing()
         with self._lock:
             slot = self._find(unit.index)
             if slot is None:

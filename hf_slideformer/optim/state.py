@@ -100,8 +100,7 @@ class ParamState:
 
     def follow_live(self) -> None:
         """Make the master what the live weights are: written from outside, they know nothing of a residual."""
-        if self.updated_in_ram:
-            self.weight.copy_(self.live)
+        _bring(self.live, self.weight)
         self._clear_residual()
 
     def _clear_residual(self) -> None:
@@ -121,8 +120,7 @@ class ParamState:
             else:
                 self.weight.copy_(values)
                 self._clear_residual()
-            if self.updated_in_ram:
-                self.live.copy_(self.weight)
+            _bring(self.weight, self.live)
         self.version = self.param._version
 
     def read_at(self, place: torch.Tensor) -> torch.Tensor:
@@ -155,7 +153,7 @@ class ParamState:
                 else:
                     residual.masked_fill_((place != values).to(residual.device), 0)
                     place.copy_(values)
-            if self.updated_in_ram:
+            if self.weight is not self.live:
                 self._at(place, self.weight).copy_(place)
         self.version = self.param._version
 
@@ -214,6 +212,12 @@ class ParamState:
         assert values.keys() == self.moments.keys(), "on disk: attach it first"
         for name, value in values.items():
             self.moments[name].copy_(value)
+
+
+def _bring(source: torch.Tensor, to: torch.Tensor) -> None:
+    """What was written in one place to the other, where a parameter has two."""
+    if to is not source:
+        to.copy_(source)
 
 
 def set_gradient(state: ParamState, grad: torch.Tensor) -> None:

@@ -105,11 +105,8 @@ class Executor:
     def lease(self, unit: Unit, following: tuple[int, ...]) -> SlotLease:
         """Weights of `unit` on the device, the units `following` on their way."""
         self.sink.check()
-        if unit.streams:
-            unit.drop_stale_copy(self.pool)
-            lease = self.pool.acquire(unit)
-        else:
-            lease = SlotLease.nothing()
+        unit.drop_stale_copy(self.pool)
+        lease = self.pool.acquire(unit)
         try:
             for index in following:
                 self.pool.prefetch(self.units[index], keep=(unit.index, *following))

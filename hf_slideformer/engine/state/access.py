@@ -59,7 +59,7 @@ class StateAccess:
         watching = self._watching
         watching += watch_adapters(model, self.weights_in_hand)
         # Before the model runs, and before a module of its own that a script runs by itself.
-        outside = {id(state.param) for state in self._placed.outside.states if state.updated_in_ram}
+        outside = {id(state.param) for state in self._placed.returning}
         for module in model.modules() if outside else ():
             owns = any(id(param) in outside for param in module.parameters(recurse=False))
             if owns or module is model or isinstance(module, PreTrainedModel):
@@ -78,7 +78,7 @@ class StateAccess:
         """Have code outside of the engine meet whole weights, and wait for them."""
         for state in self._placed.states:
             guard_parameter(state, self, self._runs)
-        streamed = {id(state.param) for state in self._placed.states if state.streams}
+        streamed = {id(state.param) for state in self._placed.leased}
         inside = {id(module) for unit in self._placed.units for module in unit.found.module.modules()}
         units = {id(unit.found.module) for unit in self._placed.units if not unit.streams}
         hooks = self._run_hooks

@@ -342,7 +342,7 @@ class Gradients:
         """Under overlapped updates, raise `StateError` if a streamed weight has a gradient that no update used."""
         if not self._overlapped:
             return
-        left = [state.name for state in self._updates.streamed_states if state.param.grad is not None]
+        left = [state.name for state in self._updates.leased if state.param.grad is not None]
         if left:
             raise StateError(
                 f"{left[0]} (one of {len(left)}) got a gradient past its layer, by a penalty on weights or a use of "

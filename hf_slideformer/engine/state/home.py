@@ -77,10 +77,12 @@ class Home:
     Attributes:
         states: of the group's parameters; set once they have been moved here.
         updates_at_once: whether an update is done when `step` returns.
+        gradients_can_wait: whether there may be room for gradients that wait for their update.
         disk_bytes: of its files.
     """
 
     updates_at_once = False
+    gradients_can_wait = True
     disk_bytes = 0
 
     def __init__(self, runtime: Runtime) -> None:

@@ -152,6 +152,8 @@ class OnDisk(StreamedUnit):
             weights = BufferView(self._file, self._places.weights[0])
         super().__init__(blueprint.units[unit].name, UnitMemory(layout, weights), runtime)
         self.disk_bytes = disk.state.files[unit].nbytes
+        # Whoever has weights there has gradients there too, for which the file has been made large enough, or not.
+        self.gradients_can_wait = self._file is None or self._places.grad_bytes > 0
 
     def source(self, after: Handle | None) -> Lease[Buffer] | None:
         """See `Home`."""

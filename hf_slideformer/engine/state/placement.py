@@ -48,6 +48,9 @@ class PlacedModel:
         states: of all parameters, in registration order.
         units: all units, in registration order.
         groups: of each unit, streamed or not, and last what is outside of units.
+        leased: states of parameters that leases stand in for: their gradients come from units' backward.
+        computing: states of parameters that compute where they are: autograd fills their gradients.
+        returning: those among them whose weights come back from RAM after an update.
 
     Raises:
         PlanError: the decisions contradict each other.
@@ -84,6 +87,9 @@ class PlacedModel:
             self._move_buffers(model)
         self.groups = [*(unit.group for unit in self.units), self.outside]
         self.states.sort(key=lambda state: state.order)
+        self.leased = [state for state in self.states if state.streams]
+        self.computing = [state for state in self.states if not state.streams]
+        self.returning = [state for state in self.computing if state.updated_in_ram]
 
     # -- moving the model ------------------------------------------------------------------------------------
 

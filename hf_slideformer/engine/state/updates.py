@@ -57,7 +57,7 @@ class Updates:
         self.overlapped = clipping.overlapped
         self.held: HeldState | None = None
         self._group_of: dict[int, int] = {}
-        self.streamed_states = [state for state in placed.states if state.streams]
+        self.leased = placed.leased
         # What updates in this backward have used.
         self._used_hyperparams: dict[int, Hashable] = {}
 
