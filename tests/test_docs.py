@@ -76,9 +76,9 @@ def test_files_in_the_picture_of_the_rooms_exist():
     assert all(path.endswith(name) for path, name in named)
 
 
-def test_lines_that_ask_where_state_lives_are_as_many_as_contributing_says():
+def test_no_more_lines_name_a_tier_than_contributing_says():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^  (grep .*)$", text, re.MULTILINE)
-    (figure,) = re.findall(r"^  There are (\d+)\.", text, re.MULTILINE)
+    (figure,) = re.findall(r"^  There are at most (\d+)\.", text, re.MULTILINE)
     found = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert len(found.splitlines()) == int(figure), found
+    assert 0 < len(found.splitlines()) <= int(figure), found
