@@ -358,10 +358,10 @@ class SlideEngine:
 
     def _update_residents_in_backward(self) -> None:
         """With overlapped updates, use up gradients of resident units when they are there: their memory is free."""
-        for state in self._placed.computing if self.overlapped else ():
-            if state.param.requires_grad and self._placed.group_of(state) is not self._placed.outside:
+        for unit in self.executor.units if self.overlapped else ():
+            for param in [p for p in unit.shared if id(p) in self._in_units]:
                 hook = Hook(self, SlideEngine._use_up_gradient)
-                self._gradient_hooks.append(state.param.register_post_accumulate_grad_hook(hook))
+                self._gradient_hooks.append(param.register_post_accumulate_grad_hook(hook))
 
     def _use_up_gradient(self, param: nn.Parameter) -> None:
         state, grad = self.param_state(param), param.grad

@@ -22,6 +22,8 @@ from .adapters import watch_adapters
 from .group import StateGroup
 from .parameters import (
     ModelRuns,
+    ResidentParameter,
+    StreamedParameter,
     guard_parameter,
     live_tensors,
     ordinary_parameter,
@@ -76,8 +78,11 @@ class StateAccess:
 
     def _guard(self, model: nn.Module) -> None:
         """Have code outside of the engine meet whole weights, and wait for them."""
-        for state in self._placed.states:
-            guard_parameter(state, self, self._runs)
+        for state in self._placed.leased:
+            guard_parameter(state, StreamedParameter, self, self._runs)
+        halves = [state for state in self._placed.computing if state.spec.split]
+        for state in {id(state): state for state in (*halves, *self._placed.returning)}.values():
+            guard_parameter(state, ResidentParameter, self, self._runs)
         streamed = {id(state.param) for state in self._placed.leased}
         inside = {id(module) for unit in self._placed.units for module in unit.found.module.modules()}
         units = {id(unit.found.module) for unit in self._placed.units if not unit.streams}

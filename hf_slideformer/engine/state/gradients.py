@@ -1,14 +1,14 @@
 """Gradients on their way from a unit's backward to its update.
 
-Five paths, chosen per unit:
+Four paths, chosen per unit:
 
-* *own*: one micro-batch, deferred update. Copied in the weights' dtype into the unit's own host buffer.
+* *own*: one micro-batch, deferred update. To where the unit's update reads them, in the weights' dtype; that is its
+  home's business (`land` of `streamed.py` and `on_disk.py`).
 * *sum*: an earlier backward's gradient is there (accumulation, a second backward). Copied into a staging buffer and
   added to the unit's fp32 sum by the update worker.
 * *part*: the layer ran more than once in what is differentiated now (looped transformers). As autograd does it for
   parameters that it fills, what one backward gives is summed by itself first, in the gradient's dtype, and is then what
   the other paths take: the same bits wherever the unit lives.
-* *to disk*: as *own*, for a unit whose gradients wait on disk: by way of a staging buffer into the unit's file.
 * *overlapped*: copied into a staging buffer, from which the update starts as soon as it has landed.
 
 In all but the last, `p.grad` is the host gradient, set when `backward` returns, so clipping by torch's own functions

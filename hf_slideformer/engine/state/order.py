@@ -1,4 +1,4 @@
-"""Schedule: which units come next. Pure data in, data out.
+"""Order: which units come next. Pure data in, data out.
 
 The order of units is the one recorded in this step's forward, not the index: layers may be dropped at random,
 and encoder-decoder models have two stacks. Before anything was recorded the index order is the best guess; a

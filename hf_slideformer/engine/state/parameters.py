@@ -220,14 +220,14 @@ class ResidentParameter(StreamedParameter):
 _GUARDED = frozenset({StreamedParameter, ResidentParameter, WeightView})
 
 
-def guard_parameter(state: ParamState, access: WeightAccess, runs: ModelRuns) -> None:
-    """Make a parameter a guarded one, if its weights are anything but what is in its memory."""
+def guard_parameter(
+    state: ParamState, kind: type[StreamedParameter], access: WeightAccess, runs: ModelRuns
+) -> None:
+    """Make a parameter, whose weights are anything but what is in its memory, one of `kind`."""
     param = state.param
-    if not (state.streams or state.spec.split or state.updated_in_ram):
-        return
     ordinary_parameter(param)  # of an engine that is gone
     param._guard = Guard(state, access, runs)  # type: ignore[attr-defined]
-    param.__class__ = StreamedParameter if state.streams else ResidentParameter
+    param.__class__ = kind
 
 
 def ordinary_parameter(param: nn.Parameter) -> None:

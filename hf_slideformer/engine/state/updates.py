@@ -167,7 +167,10 @@ class Updates:
             )
         group = self._placed.group_of(state)
         self._used_hyperparams[state.order] = self._hyperparams(state)
-        return group.home.use_up(state, grad, self._step(group))
+        if group.home.use_up(state, grad, self._step(group)):
+            return True
+        del self._used_hyperparams[state.order]
+        return False
 
     # -- order -----------------------------------------------------------------------------------------------
 
