@@ -311,8 +311,8 @@ class SlideOptimizer(torch.optim.Optimizer):
         theirs = self.rule_for(saved, "fp32")
         if theirs.format not in rule.readable:
             raise CheckpointError(
-                f"the saved optimizer is {described(theirs)}, this one {described(rule)}, which does not go on from it; "
-                "set its hyperparameters as they were, or load only the model's weights"
+                f"the saved optimizer is {described(theirs)}, this one {described(rule)}, which does not go on from "
+                "it; set its hyperparameters as they were, or load only the model's weights"
             )
         for group in saved:
             self.check_options(group)
