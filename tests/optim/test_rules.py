@@ -290,7 +290,9 @@ def test_group_with_momentum_is_not_added_to_sgd_without():
 
 def test_engine_for_another_rule_takes_no_optimizer():
     run = begin("lion")
-    with pytest.raises(StateError, match=r"optimizer=Lion \(exp_avg\) and is now wanted with SGD \(no state\)"):
+    with pytest.raises(
+        StateError, match=r"optimizer=Lion \(exp_avg\) and is now wanted with SGD \(no state\)"
+    ):
         run.engine.attach_optimizer(SlideSGD(run.model.parameters()))
 
 
