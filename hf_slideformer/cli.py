@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .engine.model.setup import Setup
     from .engine.planning import Planned
     from .machine.hardware import Hardware
+    from .optim.rule import UpdateRule
     from .planner.plan import Plan
     from .planner.workload import Budgets, Workload
 
@@ -121,6 +122,18 @@ def _add_plan(subcommands: argparse._SubParsersAction) -> None:
         metavar="SIZE",
         help="disk for state that exceeds RAM, such as 2TB (default: none)",
     )
+    optimizer = parser.add_argument_group("the optimizer, as in TrainingArguments")
+    optimizer.add_argument(
+        "--optim",
+        metavar="adamw_torch|lion_32bit|sgd",
+        default="adamw_torch",
+        help="default: adamw_torch",
+    )
+    optimizer.add_argument(
+        "--optim-args",
+        metavar="NAME=VALUE,...",
+        help="such as momentum=0.9, without which SGD keeps no state",
+    )
     settings = parser.add_argument_group("settings, as in SlideConfig")
     settings.add_argument(
         "--optimizer-states",
@@ -202,6 +215,8 @@ class _Training:
     max_grad_norm: float
     bf16: bool
     liger: bool
+    optim: str
+    optim_args: str | None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> _Training:
@@ -226,11 +241,22 @@ class _Training:
             max_grad_norm=_norm(options.max_grad_norm),
             bf16=options.dtype == "bf16",
             liger=options.liger,
+            optim=options.optim,
+            optim_args=options.optim_args,
         )
 
     @property
     def dtype(self) -> str:
         return "bf16" if self.bf16 else "fp32"
+
+    def rule(self) -> UpdateRule:
+        """How parameters would be updated; which numbers it is given does not matter to a plan."""
+        from .optim import check_name
+
+        numbers = {"learning_rate": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+        kind = check_name(self.optim)
+        given = kind.arguments_of(argparse.Namespace(optim_args=self.optim_args, **numbers))
+        return kind.rule_for([given], self.settings.optimizer_states)
 
     @property
     def wishes(self) -> dict[str, str]:
@@ -298,6 +324,7 @@ class _Asked:
         from .engine.model.setup import Setup
         from .engine.model.source import load_config, model_without_data
 
+        rule = training.rule()
         hardware, budgets, notes = _machine(options.hardware, training)
         trust = options.trust_remote_code
         config = load_config(options.model, trust_remote_code=trust)
@@ -325,6 +352,7 @@ class _Asked:
             micro_batches=training.micro_batches,
             overlap_is_exact=training.max_grad_norm == 0 and training.micro_batches == 1,
             shape=shape,
+            rule=rule,
         )
         blueprint = Blueprint.of(model, setup)
         if getattr(config, "dtype", None) == dtype:
@@ -374,6 +402,11 @@ class _Asked:
 
     def lines(self) -> list[str]:
         """The headline, and what it was planned for."""
+        from .memory.layout import MOMENT_FORMATS
+        from .optim.rule import described
+
+        rule = self.setup.update_rule
+        state = f"{rule.format.name} moments" if rule.format.name in MOMENT_FORMATS else described(rule)
         hardware, training = self.hardware, self.training
         memory = f"{_gib(hardware.ram_bytes)} of RAM"
         if hardware.gpu:
@@ -389,7 +422,7 @@ class _Asked:
         return [
             f"{self.source} ({type(self.model).__name__}, {size} parameters, {training.dtype}) on {hardware.name} "
             f"({hardware.source})",
-            f"  {memory}; {batch}; {clipping}; {training.settings.optimizer_states} moments",
+            f"  {memory}; {batch}; {clipping}; {state}",
         ]
 
 

@@ -96,8 +96,8 @@ class SlideConfig:
             means "stream" unless `gpu_memory` says how much RAM stands in for it.
         activations: what happens to the activations of units: "keep" holds them on the GPU, "recompute" holds only
             each unit's input, "offload" holds that input in RAM; "auto" lets the planner decide unit by unit.
-        optimizer_states: "fp32" moments (exact), or "8bit": block-wise, 6 instead of 12 bytes per parameter at rest,
-            other numbers.
+        optimizer_states: "fp32" moments (exact), or with AdamW "8bit": block-wise, 6 instead of 12 bytes per parameter
+            at rest, other numbers.
         update: "deferred" updates after the gradient norm is known (exact always); "overlapped" updates under
             backward (no clipping, one backward per step); "auto" takes "overlapped" where it is exact.
         accumulation: order of micro-batches; "auto" means "horizontal".

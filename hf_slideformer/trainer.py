@@ -294,7 +294,12 @@ class SlideTrainerMixin(CheckpointMixin):
     # -- optimizer -------------------------------------------------------------------------------------------
 
     def _chosen_optimizer(self) -> tuple[type[SlideOptimizer], dict[str, Any]]:
-        """The class that the arguments name, and its hyperparameters."""
+        """The class that the arguments name, and its hyperparameters.
+
+        Raises:
+            UnsupportedModelError: there is none, or an option that changes its mathematics.
+            ConfigError: a hyperparameter that it does not know, or outside of its range.
+        """
         given: tuple[type, dict[str, Any]] | None = getattr(self, "optimizer_cls_and_kwargs", None)
         if given is not None:
             kind, theirs = check_class(*given), given[1]
@@ -308,7 +313,12 @@ class SlideTrainerMixin(CheckpointMixin):
                 _, theirs = self.get_optimizer_cls_and_kwargs(self.args, getattr(self, "model", None))
         # What is left out are switches of torch's loops, and options that were checked to be off.
         known = inspect.signature(kind).parameters
-        return kind, kwargs | {name: value for name, value in theirs.items() if name in known}
+        kwargs |= {name: value for name, value in theirs.items() if name in known}
+        try:
+            kind([nn.Parameter(torch.empty(0))], **kwargs)  # knows what values it takes
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{kind.rule_name} cannot be made of these arguments: {error}") from None
+        return kind, kwargs
 
     def _rule(self) -> UpdateRule:
         """How parameters will be updated."""

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,7 @@ from .checkpoint import (
 from .config import SlideConfig
 from .errors import CheckpointError, DiskError, SlideFormerError
 from .optim import SlideOptimizer
+from .optim.rule import UpdateRule
 
 # The mixin's methods call those of the Trainer class that it is put in front of.
 _Trainer: Any = Trainer if TYPE_CHECKING else object
@@ -69,6 +70,7 @@ class CheckpointMixin(_Trainer):
     # SlideTrainerMixin's
     slide: Any
     _slide_config: SlideConfig
+    _rule: Callable[[], UpdateRule]
 
     _files = CheckpointCalls()
     _locks: tuple[DirectoryLock, ...] = ()
@@ -426,7 +428,8 @@ class CheckpointMixin(_Trainer):
         """As in Trainer; files are checked, and a checkpoint of another model is refused before anything changes.
 
         Raises:
-            CheckpointError: the checkpoint is not whole, is damaged, of a newer format or of another model.
+            CheckpointError: the checkpoint is not whole, is damaged, of a newer format, of another model or of
+                another optimizer.
         """
         self._finish_save()
         path = Path(resume_from_checkpoint)
@@ -443,7 +446,10 @@ class CheckpointMixin(_Trainer):
         layout = saved_layout(model)
         weights.check_model(layout)
         if SavedOptimizer.exists(path):
-            SavedOptimizer(checkpoint).check_model(model)
+            optimizer = SavedOptimizer(checkpoint)
+            optimizer.check_model(model)
+            if model is self.model:
+                optimizer.check_rule(self._rule())
         if not weights.load(model, layout):
             checkpoint.check_files(name for name in checkpoint.records if "/" not in name)
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -20,6 +20,7 @@ from hf_slideformer.engine.profiling import trace as profile
 from hf_slideformer.machine.presets import PRESETS
 from hf_slideformer.planner import solve
 from hf_slideformer.planner.plan import format_bytes
+from hf_slideformer.planner.timeline import UPDATE
 from tests.parity import models
 
 ROOT = Path(__file__).parent.parent
@@ -94,6 +95,34 @@ def answer(capsys):
         return code, json.loads(capsys.readouterr().out)
 
     return run
+
+
+RULES = {
+    "adamw": ((), "fp32", "fp32 moments"),
+    "lion": (("--optim", "lion_32bit"), "lion", "Lion (exp_avg)"),
+    "sgd": (("--optim", "sgd"), "sgd", "SGD (no state)"),
+    "momentum": (
+        ("--optim", "sgd", "--optim-args", "momentum=0.9"),
+        "sgd-momentum",
+        "SGD (momentum_buffer)",
+    ),
+}
+
+
+def test_optimizers(small, answer, capsys, no_advice):
+    nbytes, seconds = {}, {}
+    for name, (flags, moments, shown) in RULES.items():
+        arguments = (small, "--hardware", "rtx4090-64gb", "--placement", "stream", *flags)
+        code, plan = answer(*arguments)
+        assert code == 0 and plan["moments"] == moments
+        nbytes[name] = plan["peaks"]["train"]["RAM"]
+        seconds[name] = plan["prediction"]["busy_s"][UPDATE]
+        assert cli.main(["plan", *arguments]) == 0
+        assert f"; {shown}\n" in capsys.readouterr().out
+    assert nbytes["adamw"] > nbytes["lion"] == nbytes["momentum"] > nbytes["sgd"]
+    # An update that nobody measured takes as long as its bytes: gradient, and masters and moments both ways.
+    assert seconds["lion"] == seconds["momentum"] == pytest.approx(seconds["adamw"] * 18 / 26, rel=0.05)
+    assert seconds["sgd"] == pytest.approx(seconds["adamw"] * 10 / 26, rel=0.1)
 
 
 def test_text_and_json_say_the_same(small, answer, capsys):
@@ -429,6 +458,9 @@ def refused_in_one_line(capsys, *arguments: str) -> str:
         (["--placement", "gpu"], ["placement='gpu'", "'stream'"]),
         (["--activations", "none"], ["activations='none'", "'offload'"]),
         (["--optimizer-states", "4bit"], ["optimizer_states='4bit'", "'8bit'"]),
+        (["--optimizer-states", "8bit", "--optim", "sgd"], ["optimizer_states='8bit' is for AdamW; SGD"]),
+        (["--optim", "adafactor"], ["optim='adafactor'", "'adamw_torch'", "'lion_32bit' or 'sgd'"]),
+        (["--optim", "sgd", "--optim-args", "beta=1"], ["'beta=1'", "momentum, dampening, nesterov"]),
     ],
 )
 def test_arguments_that_cannot_be_used(small, capsys, arguments, parts):

@@ -21,7 +21,7 @@ from ..engine.state.snapshot import HeldState
 from ..errors import CheckpointError
 from ..optim.adamw import SlideAdamW
 from ..optim.optimizer import SlideOptimizer
-from ..optim.rule import saved_format
+from ..optim.rule import UpdateRule, saved_format
 from ..optim.state import ParamState
 from .directory import SavedCheckpoint
 from .files import Writer
@@ -97,8 +97,10 @@ def save_optimizer(
         for state in states:
             entry = {"shape": list(state.spec.shape), "trainable": state.spec.trainable}
             if id(state.param) in optimized and state.rule is not None:
-                entry.update(step=held.steps[state.order], file=file)
-                entries += _entries(state, group, held)
+                entry["step"] = held.steps[state.order]
+                if own := _entries(state, group, held):
+                    entry["file"] = file
+                    entries += own
             parameters[state.name] = entry
         if entries:
             tensors.add(directory / file, entries)
@@ -163,6 +165,7 @@ class SavedOptimizer:
         self._parameters: dict[str, dict[str, Any]] = index["parameters"]
         # Indices of before there was another rule do not name it.
         self._rule: str = index.get("rule", SlideAdamW.rule_name)
+        self._moments: str | None = index.get("moments")
 
     @staticmethod
     def exists(path: Path, folder: str = OPTIMIZER_FOLDER) -> bool:
@@ -191,6 +194,8 @@ class SavedOptimizer:
         for unit in engine.states_by_unit():
             by_file: dict[str, dict[str, ParamState]] = defaultdict(dict)
             for state in unit:
+                if (step := self._parameters[state.name].get("step")) is not None:
+                    state.step = int(step)
                 if (file := self._parameters[state.name].get("file")) is not None:
                     by_file[file][state.name] = state
             for file, states in by_file.items():
@@ -207,14 +212,24 @@ class SavedOptimizer:
             group.update(values)
         engine.state_loaded()
 
-    def check_groups(self, engine: SlideEngine, optimizer: SlideOptimizer) -> None:
-        """Raise `CheckpointError` unless the state is that of an optimizer of this rule with these groups."""
-        rule = engine.setup.update_rule
+    def check_rule(self, rule: UpdateRule) -> None:
+        """Raise `CheckpointError` unless updates by `rule` can go on from the state."""
         if self._rule != rule.name:
             raise CheckpointError(
                 f"{self._checkpoint.path}: the saved optimizer is {self._rule}, this one is {rule.name}, whose state "
                 f"is another; resume with {self._rule}, or load only the model's weights"
             )
+        readable = [form.name for form in rule.readable]
+        if self._moments is not None and self._moments not in readable:
+            raise CheckpointError(
+                f"{self._checkpoint.path}: the saved {self._rule} has state in the format {self._moments!r}, this one "
+                f"in {rule.format.name!r}, which does not go on from it; set the optimizer's hyperparameters as they "
+                "were, or load only the model's weights"
+            )
+
+    def check_groups(self, engine: SlideEngine, optimizer: SlideOptimizer) -> None:
+        """Raise `CheckpointError` unless the state is that of an optimizer of this rule with these groups."""
+        self.check_rule(engine.setup.update_rule)
         have = [[engine.param_state(p).name for p in group["params"]] for group in optimizer.param_groups]
         saved = [group["parameters"] for group in self._groups]
         if [sorted(names) for names in have] == [sorted(names) for names in saved]:
@@ -235,8 +250,6 @@ class SavedOptimizer:
             for form in state.rule.readable
             for part in form.parts
         }
-        for state in states.values():
-            state.step = int(self._parameters[state.name]["step"])
         waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
         found = _by_parameter(tensors)
         for name in states.keys() - found.keys() if moment_names else ():

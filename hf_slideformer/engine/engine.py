@@ -40,6 +40,7 @@ from ..memory.runtime import Runtime
 from ..memory.staging import StagingBuffers
 from ..metrics import Metrics
 from ..optim.optimizer import SlideOptimizer
+from ..optim.rule import UpdateRule
 from ..optim.state import ParamState, set_gradient
 from ..planner.plan import Plan
 from ..planner.workload import Decisions
@@ -392,6 +393,11 @@ class SlideEngine:
         state = self._placed.state_of(param)
         assert state is not None, "not this model's"
         return state
+
+    @property
+    def rule(self) -> UpdateRule:
+        """See `OptimizerBackend`."""
+        return self.setup.update_rule
 
     def groups_changed(self) -> None:
         """See `OptimizerBackend`."""

@@ -7,7 +7,7 @@ so a parameter begins with a block of its own.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +74,10 @@ class MomentPart:
 
 @dataclass(frozen=True, slots=True)
 class MomentFormat:
-    """How AdamW's two moments are stored; `name` is the value of `SlideConfig.optimizer_states`."""
+    """What an optimizer keeps for each parameter besides its master; plans, rates and checkpoints know it by `name`.
+
+    The names of AdamW's are the values of `SlideConfig.optimizer_states`.
+    """
 
     name: str
     parts: tuple[MomentPart, ...]
@@ -102,11 +105,6 @@ EIGHT_BIT_MOMENTS = MomentFormat(
     ),
 )
 MOMENT_FORMATS = {moments.name: moments for moments in (FP32_MOMENTS, EIGHT_BIT_MOMENTS)}
-
-
-def moment_format_of(names: Container[str]) -> MomentFormat:
-    """The format of moments that go by these names: in an optimizer's state dict or in memory."""
-    return EIGHT_BIT_MOMENTS if "exp_avg_scale" in names else FP32_MOMENTS
 
 
 @dataclass(frozen=True, slots=True)

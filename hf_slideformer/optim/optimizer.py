@@ -13,12 +13,17 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from ..errors import CheckpointError, ConfigError, StateError, UnsupportedModelError
-from .rule import UpdateRule
+from .rule import UpdateRule, described
 from .state import ParamState
 
 
 class OptimizerBackend(Protocol):
     """What a `SlideOptimizer` needs from the engine that owns the state."""
+
+    @property
+    def rule(self) -> UpdateRule:
+        """What the state is for."""
+        ...
 
     def step(self) -> None:
         """Apply or enqueue one update of every parameter that has a gradient."""
@@ -264,7 +269,8 @@ class SlideOptimizer(torch.optim.Optimizer):
         first: a `master_residual` belongs to the weights it was saved with.
 
         Raises:
-            CheckpointError: groups or shapes do not match this optimizer's; nothing was changed.
+            CheckpointError: groups, rule or shapes do not match this optimizer's; nothing was changed.
+            UnsupportedModelError: options that change the mathematics of torch's optimizer, likewise.
         """
         backend = self._bound()
         backend.synchronize()
@@ -274,6 +280,7 @@ class SlideOptimizer(torch.optim.Optimizer):
                 f"the saved optimizer has groups of {[len(g['params']) for g in saved]} parameters, this one of "
                 f"{[len(g['params']) for g in groups]}; resume with the same model and weight-decay settings"
             )
+        self._check_saved_groups(saved)
         params = self._params()
         indices = [index for group in saved for index in group["params"]]
         entries = [
@@ -296,6 +303,26 @@ class SlideOptimizer(torch.optim.Optimizer):
         for group, saved_group in zip(groups, saved, strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         backend.state_loaded()
+
+    def _check_saved_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Raise `CheckpointError` where groups are another optimizer's, or come with another format of state."""
+        rule = self._bound().rule
+        # "fp32" is what every rule can read; other values of `optimizer_states` are no matter of the groups.
+        theirs = self.rule_for(saved, "fp32")
+        if theirs.format not in rule.readable:
+            raise CheckpointError(
+                f"the saved optimizer is {described(theirs)}, this one {described(rule)}, which does not go on from "
+                "it; set its hyperparameters as they were, or load only the model's weights"
+            )
+        for group in saved:
+            self.check_options(group)
+            try:
+                rule.hyperparams(group)
+            except KeyError as missing:
+                raise CheckpointError(
+                    f"the saved parameter groups have no {missing}: they are not those of {rule.name}; resume with the "
+                    "optimizer that saved them, or load only the model's weights"
+                ) from None
 
     def _params(self) -> list[torch.nn.Parameter]:
         return [param for group in self.param_groups for param in group["params"]]

@@ -39,7 +39,11 @@ class UpdateRule(Protocol):
     def counts_steps(self) -> bool: ...
 
     def hyperparams(self, group: Mapping[str, Any]) -> Hashable:
-        """A snapshot of what a parameter group says; equal to another one where updates would be the same."""
+        """A snapshot of what a parameter group says; equal to another one where updates would be the same.
+
+        Raises:
+            StateError: it asks for an update that needs other state than `format`.
+        """
         ...
 
     def scalars(self, hyperparams: Any, step: int) -> Any:
@@ -74,6 +78,11 @@ class UpdateRule(Protocol):
 def saved_format(rule: UpdateRule, names: Container[str]) -> MomentFormat:
     """The format of saved state with these names, of those that `rule` can read: that of which most parts are there."""
     return max(rule.readable, key=lambda form: sum(part.name in names for part in form.parts))
+
+
+def described(rule: UpdateRule) -> str:
+    """A rule and what it keeps, for messages."""
+    return f"{rule.name} ({', '.join(part.name for part in rule.format.parts) or 'no state'})"
 
 
 def zero_moments(moments: MomentFormat, spec: ParamSpec, device: torch.device) -> dict[str, torch.Tensor]:

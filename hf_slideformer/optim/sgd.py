@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from slideformer_kernels import sgd_
 from slideformer_kernels.scalars import SGDScalars, sgd_scalars
 
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError, StateError, UnsupportedModelError
 from ..memory.layout import MomentFormat, MomentPart
 from .optimizer import SlideOptimizer, parsed_arguments
 from .rule import UpdateRule
@@ -44,12 +45,18 @@ class SGDRule:
         return (self.format,)
 
     def hyperparams(self, group: Mapping[str, Any]) -> SGDHyperparams:
-        """See `UpdateRule`; tensors become Python floats."""
+        """See `UpdateRule`; tensors become Python floats. Without momentum there is nothing to look ahead with."""
+        momentum = float(group["momentum"])
+        if momentum and not self.format.parts:
+            raise StateError(
+                f"a parameter group has momentum={momentum:g}, but the model was prepared for SGD without momentum, "
+                "which keeps no buffers; prepare it with an optimizer that has momentum from the start"
+            )
         return SGDHyperparams(
             float(group["lr"]),
-            float(group["momentum"]),
+            momentum,
             float(group["dampening"]),
-            bool(group["nesterov"]),
+            bool(group["nesterov"]) and momentum != 0.0,
             float(group["weight_decay"]),
         )
 
@@ -113,12 +120,16 @@ class SlideSGD(SlideOptimizer):
     ) -> None:
         if float(lr) < 0.0:
             raise ValueError(f"lr must be >= 0, got {lr}")
-        if momentum < 0.0:
-            raise ValueError(f"momentum must be >= 0, got {momentum}")
+        if not (momentum >= 0.0 and math.isfinite(momentum)):
+            raise ValueError(f"momentum must be finite and >= 0, got {momentum}")
+        if not math.isfinite(dampening):
+            raise ValueError(f"dampening must be finite, got {dampening}")
         if weight_decay < 0.0:
             raise ValueError(f"weight_decay must be >= 0, got {weight_decay}")
         if nesterov and (momentum <= 0.0 or dampening != 0.0):
-            raise ValueError("nesterov wants a momentum and no dampening")
+            raise ValueError(
+                f"nesterov wants momentum above 0 and dampening=0, got momentum={momentum} and dampening={dampening}"
+            )
         super().__init__(
             params,
             {
@@ -153,6 +164,10 @@ class SlideSGD(SlideOptimizer):
         for option in ("maximize", "differentiable"):
             if options.get(option):
                 raise UnsupportedModelError(f"SGD's option {option}=True is not supported; leave it off")
+        if options.get("nesterov") and options.get("momentum") and options.get("dampening"):
+            raise UnsupportedModelError(
+                f"SGD with nesterov=True wants dampening=0, got dampening={options['dampening']}"
+            )
 
 
 def _truth(text: str) -> bool:

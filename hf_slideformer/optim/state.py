@@ -190,6 +190,13 @@ class ParamState:
                     f"{self.name}: saved {part.name} has dtype {value.dtype}, wanted {part.dtype}; moments are "
                     "fp32, or 8-bit codes with scales as hf_slideformer writes them"
                 )
+        known = {part.name for form in rule.readable for part in form.parts} | {"step", "master_residual"}
+        others = [name for name, value in saved.items() if name not in known and value is not None]
+        if others:
+            raise CheckpointError(
+                f"{self.name}: the saved state has {', '.join(map(str, others))}, which is not {rule.name}'s; resume "
+                "with the optimizer that saved it, or load only the model's weights"
+            )
         if not isinstance(saved.get("step", None if rule.counts_steps else 1), (int, float, torch.Tensor)):
             raise CheckpointError(f"{self.name}: the saved state has no step count")
         residual = saved.get("master_residual")

@@ -133,6 +133,8 @@ class Plan:
         whole = len(self.decisions.weights_on_disk)
         what = "weights and gradients" if self.update == "deferred" else "weights"
         weights = f", {what} of {_units(whole)} too" if whole else ""
+        if count and not any(item.tier == "disk" and "residuals" in item.what for item in self.items):
+            return f"{what} of {_units(whole)} on disk; "
         return f"optimizer state of {_units(count)} on disk{weights}; " if count else ""
 
     def _activations(self) -> str:

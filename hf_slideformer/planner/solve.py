@@ -234,7 +234,7 @@ class _Search:
         # A frozen unit may have no such state, nor one that is trained in fp32 without moments.
         units = [unit for unit, nbytes in enumerate(on_disk) if nbytes and unit not in resident]
         if not units:
-            return decisions
+            return self._with_nothing_but_weights_on_disk(decisions, buffers) if weights else decisions
         gpu, ram, _ = self.needs(decisions)
         short = missing_bytes(self.question.workload, self.question.budgets, gpu, ram)["RAM"]
         fewest = max(1, min(len(units), -(-short // max(in_ram[unit] for unit in units))))
@@ -251,6 +251,18 @@ class _Search:
             if relief >= short and self._fits_ram(moved(count)):
                 return moved(count)
         return everything
+
+    def _with_nothing_but_weights_on_disk(self, decisions: Decisions, buffers: int) -> Decisions:
+        """The same for units that are trained and have no other state."""
+        layouts, resident = self.question.workload.layouts, set(decisions.resident)
+        units = [unit for unit, one in enumerate(layouts) if one.trainable_numel and unit not in resident]
+        if not units:
+            return decisions
+        found = self._with_weights_on_disk(
+            replace(decisions, on_disk=tuple(units), disk_buffers=buffers), units
+        )
+        whole = found.weights_on_disk
+        return replace(found, on_disk=whole, disk_buffers=min(buffers, len(whole)))
 
     def _with_weights_on_disk(self, decisions: Decisions, units: Sequence[int]) -> Decisions:
         """The same decisions with weights and gradients of the fewest units on disk with which RAM suffices; of all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -12,6 +13,7 @@ from hf_slideformer import SlideAdamW, SlideConfig
 from hf_slideformer.engine.engine import SlideEngine
 from hf_slideformer.engine.model.batch_shape import BatchShape
 from hf_slideformer.engine.model.setup import Setup
+from hf_slideformer.optim import SlideOptimizer
 from hf_slideformer.optim.state import ParamState
 from hf_slideformer.planner.workload import Decisions
 
@@ -22,7 +24,7 @@ class Run:
 
     engine: SlideEngine
     model: torch.nn.Module
-    optimizer: SlideAdamW
+    optimizer: SlideOptimizer
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -54,29 +56,31 @@ def prepare(
     shape: BatchShape | None = None,
     decisions: Decisions | None = None,
     delays: Mapping[str, Callable[[str], float]] | None = None,
-    lr: float = 1e-3,
+    optimizer: type[SlideOptimizer] = SlideAdamW,
+    **hyperparameters: Any,
 ) -> Run:
     """Engine and optimizer (weight decay on matrices only) over `model`."""
+    config, hyperparameters = config or SlideConfig(), {"lr": 1e-3} | hyperparameters
     engine = SlideEngine(
         model,
         Setup(
             device=torch.device(device),
             bf16=bf16,
-            config=config or SlideConfig(),
+            config=config,
             micro_batches=2 if accumulates else 1,
             overlap_is_exact=overlap_is_exact,
             shape=shape,
+            rule=optimizer.rule_for([hyperparameters], config.optimizer_states),
         ),
         decisions=decisions,
         delays=delays,
     )
     decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     rest = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
-    optimizer = SlideAdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=lr
-    )
-    engine.attach_optimizer(optimizer)
-    return Run(engine, model, optimizer)
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    ours = optimizer(groups, **hyperparameters)
+    engine.attach_optimizer(ours)
+    return Run(engine, model, ours)
 
 
 def decide(

@@ -69,7 +69,7 @@ def micro_batches(mode: str) -> int:
     return 2 if mode.startswith("sums") else 1
 
 
-def start(mode: str, directory: str = "", **overrides) -> Run:
+def start(mode: str, directory: str = "", dtype: torch.dtype = torch.bfloat16, **overrides) -> Run:
     """Engine and optimizer over a new model, in one of `MODES`."""
     torch.manual_seed(0)
     config = SlideConfig(
@@ -77,9 +77,9 @@ def start(mode: str, directory: str = "", **overrides) -> Run:
         nvme_dir=str(directory) if "on_disk" in MODES[mode] else None,
     )
     # Inputs have a place on disk only if their size is known, and this model cannot be profiled.
-    with mock.patch.object(Planned, "input_bytes", return_value=batch(0).nbytes):
+    with mock.patch.object(Planned, "input_bytes", return_value=batch(0).to(dtype).nbytes):
         return prepare(
-            Stack().to(torch.bfloat16),
+            Stack().to(dtype),
             config=config,
             accumulates=micro_batches(mode) > 1,
             decisions=decide(units=UNITS, slots=2, **MODES[mode]),
@@ -97,7 +97,7 @@ def step(run: Run, mode: str, number: int) -> torch.Tensor:
     """Train one step; returns its loss, without waiting for it."""
     losses = []
     for micro in range(micro_batches(mode)):
-        loss = run.model(batch(number, micro).to(run.engine.device))
+        loss = run.model(batch(number, micro).to(run.engine.device, run.model.first.weight.dtype))
         loss.backward()
         losses.append(loss.detach())
     if not run.engine.overlapped:

@@ -11,7 +11,7 @@ import torch
 from ...config import SlideConfig
 from ...memory.layout import MOMENT_FORMATS
 from ...optim.adamw import AdamWRule
-from ...optim.rule import UpdateRule
+from ...optim.rule import UpdateRule, described
 from .batch_shape import BatchShape
 
 
@@ -73,14 +73,9 @@ class Setup:
             ("accumulates", self.accumulates, wanted.accumulates),
             ("overlapped", self.overlapped, wanted.overlapped),
             ("optimizer_states", self.config.optimizer_states, wanted.config.optimizer_states),
-            ("optimizer", _described(self.update_rule), _described(wanted.update_rule)),
+            ("optimizer", described(self.update_rule), described(wanted.update_rule)),
             ("config", self.config, wanted.config),
         ):
             if have != value:
                 return f"this model was prepared with {name}={have} and is now wanted with {value}"
         return ""
-
-
-def _described(rule: UpdateRule) -> str:
-    parts = ", ".join(part.name for part in rule.format.parts) or "no state"
-    return f"{rule.name} ({parts})"

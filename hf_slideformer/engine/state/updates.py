@@ -82,13 +82,24 @@ class Updates:
         return groups
 
     def use(self, optimizer: SlideOptimizer) -> None:
-        """Take hyperparameters from `optimizer` from now on; again when it has got another group."""
-        self._group_of = self.find_groups(optimizer)
+        """Take hyperparameters from `optimizer` from now on; again when it has got another group.
+
+        Raises:
+            UnsupportedModelError: a parameter that is not this model's.
+            StateError: a group that wants other state than there is.
+        """
+        groups = self.find_groups(optimizer)
+        self._check_groups(optimizer)
+        self._group_of = groups
         self.optimizer = optimizer
 
     def _hyperparams(self, state: ParamState) -> Hashable:
         assert self.optimizer is not None
         return self._rule.hyperparams(self.optimizer.param_groups[self._group_of[state.order]])
+
+    def _check_groups(self, optimizer: SlideOptimizer) -> None:
+        for group in optimizer.param_groups:
+            self._rule.hyperparams(group)
 
     def _trains(self, state: ParamState) -> bool:
         return state.order in self._group_of
@@ -99,8 +110,11 @@ class Updates:
         """Update every parameter that has a gradient: residents now, units by the worker, in forward order.
 
         Raises:
-            StateError: a hyperparameter changed after overlapped updates had used it.
+            StateError: a hyperparameter changed after overlapped updates had used it, or to what the rule has no state
+                for; nothing was updated.
         """
+        if self.optimizer is not None:
+            self._check_groups(self.optimizer)
         for state in self._placed.states if self.overlapped else ():
             used = self._used_hyperparams.get(state.order)
             if used is not None and used != self._hyperparams(state):
