@@ -70,10 +70,10 @@ MODELS = {
 
 # Of real sizes, for a GPU: layers of Llama-3.1-8B, and all of Qwen2.5-0.5B.
 _LLAMA_8B = {
-    "vocab_size": 32000,
+    "vocab_size": 4096,
     "hidden_size": 4096,
     "intermediate_size": 14336,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
@@ -163,7 +163,7 @@ LARGE: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "tokens": 512,
         "args": _UNSAVED,
-        "place": {"resident": (0, 1), "activations": ("keep", "recompute", "offload", "keep")},
+        "place": {"resident": (0,), "activations": ("keep", "offload", "recompute"), "outside_state": "RAM"},
     },
     "8B slice, overlapped": {
         "model": "8B slice",
