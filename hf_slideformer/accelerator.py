@@ -295,6 +295,11 @@ class SlideAccelerator(Accelerator):
                 f"{other or 'the parameters of this model have changed'}, and its optimizer has state on disk that "
                 "would have to go on; make a new trainer or optimizer for the model as it is now"
             )
+        if other and going_on and engine.rule.format not in setup.update_rule.readable:
+            raise StateError(
+                f"{other}, and its optimizer has state of the former kind; set its hyperparameters as they were, or "
+                "make a new optimizer for the model"
+            )
         carried = [(optimizer, optimizer.trainable_state_dict()) for optimizer in going_on]
         wrappers = [wrapped for wrapped in self._optimizers if _unwrapped(wrapped) in going_on]
         for engine in engines:

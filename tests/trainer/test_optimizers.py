@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from hf_slideformer import SlideAccelerator, SlideAdamW, SlideConfig, SlideLion, SlideSGD, SlideTrainer
 from hf_slideformer.engine.engine import engine_of
-from hf_slideformer.errors import CheckpointError, ConfigError, UnsupportedModelError
+from hf_slideformer.errors import CheckpointError, ConfigError, StateError, UnsupportedModelError
 from tests.engine.loop import bits
 
 from . import runs
@@ -151,6 +151,26 @@ def test_sgd_in_a_loop(kind, order):
             stepped.zero_grad()
         assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     runs.assert_same_weights(runs.masters(model, engine_of(model)), runs.masters(plain))
+
+
+@pytest.mark.parametrize(("had", "wanted"), [(0.9, 0.0), (0.0, 0.9)])
+@pytest.mark.usefixtures("fresh_accelerate_state")
+def test_momentum_that_changes_before_the_model_is_prepared_again(had, wanted):
+    accelerator, model, optimizer = _prepared(SlideSGD, lr=0.1, momentum=had)
+    first, second = runs.batches(2)
+    _step(accelerator, model, optimizer, first)
+    for group in optimizer.param_groups:
+        group["momentum"] = wanted
+    engine = engine_of(model)
+    with pytest.raises(
+        StateError, match="its optimizer has state of the former kind; set its hyperparameters"
+    ):
+        accelerator.prepare(model)
+    assert engine_of(model) is engine
+    for group in optimizer.param_groups:
+        group["momentum"] = had
+    assert accelerator.prepare(model) is model
+    _step(accelerator, model, optimizer, second)
 
 
 @pytest.mark.parametrize("optim", ["sgd", "lion_32bit"])
