@@ -8,6 +8,7 @@ reference implementation are in ``reference.py``.
 from .ops import (
     MOMENT_BLOCK_NUMEL,
     accumulate_,
+    accumulate_squared_,
     adamw_,
     dequantize_moments,
     join_master,
@@ -25,6 +26,7 @@ __all__ = [
     "LionScalars",
     "SGDScalars",
     "accumulate_",
+    "accumulate_squared_",
     "adamw_",
     "adamw_scalars",
     "dequantize_moments",

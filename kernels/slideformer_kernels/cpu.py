@@ -108,6 +108,27 @@ def accumulate_(acc: torch.Tensor, grad: torch.Tensor, *, threads: int | None = 
     arguments.mark_written(acc)
 
 
+def accumulate_squared_(
+    acc: torch.Tensor, grad: torch.Tensor, *, is_first: bool = False, threads: int | None = None
+) -> float:
+    """Add ``grad`` to ``acc`` and return the sum of the squares of ``acc``, in one pass over both."""
+    numel = arguments.check_accumulate(acc, grad)
+    result = ctypes.c_double()
+    _call(
+        "accumulate_squared",
+        acc,
+        acc.data_ptr(),
+        grad.data_ptr(),
+        grad.dtype == torch.bfloat16,
+        is_first,
+        numel,
+        ctypes.byref(result),
+        threads=threads,
+    )
+    arguments.mark_written(acc)
+    return math.nan if math.isnan(result.value) else result.value
+
+
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None) -> float:
     """Return the sum of the squares in float64 by the fixed tree, whatever the number of threads.
 
@@ -198,6 +219,7 @@ def _library() -> ctypes.CDLL:
         "join_master": (pointer, pointer, pointer, numel),
         "accumulate": (pointer, pointer, number, numel),
         "sum_of_squares": (pointer, number, numel, pointer),
+        "accumulate_squared": (pointer, pointer, number, number, numel, pointer),
     }
     for name, argtypes in signatures.items():
         function = getattr(library, f"slideformer_{name}")

@@ -11,6 +11,7 @@ import torch
 
 from . import build, cpu, reference
 from .arguments import MOMENT_BLOCK_NUMEL as MOMENT_BLOCK_NUMEL
+from .arguments import check_accumulate
 from .scalars import AdamWScalars, LionScalars, Scalars, SGDScalars
 
 
@@ -235,6 +236,37 @@ def accumulate_(acc: torch.Tensor, grad: torch.Tensor, *, threads: int | None = 
         cpu.accumulate_(acc, grad, threads=threads)
     else:
         reference.accumulate_(acc, grad)
+
+
+def accumulate_squared_(
+    acc: torch.Tensor, grad: torch.Tensor, *, is_first: bool = False, threads: int | None = None
+) -> float | torch.Tensor:
+    """Add ``grad`` to ``acc`` in fp32, in place, and return the sum of the squares of what is there then.
+
+    The bits are those of ``accumulate_`` (or, at first, of ``acc.copy_(grad)``) and of ``sum_of_squares``. On the CPU
+    both are one pass over memory: 10 bytes for each element with a bf16 gradient, 6 at first.
+
+    Args:
+        acc: (numel,) fp32, CPU or CUDA, any shape, contiguous; updated in place.
+        grad: (numel,) bf16 or fp32; only read.
+        is_first: there is nothing to add to: ``acc`` becomes ``grad``, whatever it was.
+        threads: CPU only: at most this many; None takes the physical cores.
+
+    Returns:
+        As ``sum_of_squares``.
+
+    Raises:
+        ValueError: if dtypes, devices, contiguity or numbers of elements do not fit.
+    """
+    if not acc.is_cuda and build.load() is not None:
+        return cpu.accumulate_squared_(acc, grad, is_first=is_first, threads=threads)
+    if is_first:
+        check_accumulate(acc, grad)
+        with torch.no_grad():
+            acc.view(-1).copy_(grad.view(-1))
+    else:
+        accumulate_(acc, grad, threads=threads)
+    return sum_of_squares(acc, threads=threads)
 
 
 def sum_of_squares(x: torch.Tensor, *, threads: int | None = None) -> float | torch.Tensor:

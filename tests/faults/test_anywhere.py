@@ -123,6 +123,7 @@ IN_THREADS = [
     (beside_device, "update_unit"),
     (state.UpdateRun, "apply"),
     (gradients, "accumulate_"),
+    (gradients, "accumulate_squared_"),
     (on_disk.OnDisk, "_attached"),
     (desks.Loan, "write_back"),
     (store.DiskStore, "read"),

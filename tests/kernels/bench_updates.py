@@ -23,6 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "kernels"))
 import slideformer_kernels as kernels  # noqa: E402
 from slideformer_kernels import (
     MOMENT_BLOCK_NUMEL,
+    accumulate_,
+    accumulate_squared_,
     adamw_scalars,
     build,
     cpu,
@@ -143,6 +145,11 @@ def bench_cpu(numel: int, thread_counts: list[int], isas: list[str], warmup: int
                 print_row(operation, numel, updates.moved_bytes(operation), samples, **extra)
             run = functools.partial(sum_of_squares, updates.grad, threads=threads)
             print_row("sum_of_squares", numel, 2 * numel, time_cpu(run, warmup, repeats), **extra)
+            acc = updates.moments["adamw_split"]["exp_avg"]  # any fp32 tensor of this size
+            for operation, moved in ((accumulate_, 10), (accumulate_squared_, 10)):
+                run = functools.partial(operation, acc, updates.grad, threads=threads)
+                name = operation.__name__.rstrip("_")
+                print_row(name, numel, moved * numel, time_cpu(run, warmup, repeats), **extra)
     one, other = updates.moments["adamw_split"].values()
     for threads in thread_counts:
         torch.set_num_threads(threads)

@@ -24,6 +24,8 @@ def test_rows_are_json():
         "sgd_split",
         "sgd_momentum_split",
         "sum_of_squares",
+        "accumulate",
+        "accumulate_squared",
     ]
     assert [row["operation"] for row in cpu_rows] == operations * 2 + ["copy"] * 2
     assert all(row["gb_per_s"] > 0 and row["p20_s"] <= row["p80_s"] for row in rows)

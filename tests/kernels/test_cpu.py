@@ -2,6 +2,7 @@
 
 import functools
 import math
+import struct
 import threading
 import time
 
@@ -87,10 +88,21 @@ def test_other_kernels_have_the_reference_bits(isa, numel, make_state, assert_sa
         cpu.accumulate_(ours, state["grad"].to(dtype), threads=2)
         reference.accumulate_(theirs, state["grad"].to(dtype))
         assert_same_bits(ours, theirs, f"accumulated {dtype}")
+        for is_first in (True, False):
+            grad, both = state["grad"].to(dtype), state["exp_avg"].clone()
+            squares = cpu.accumulate_squared_(both, grad, is_first=is_first, threads=2)
+            expected = grad.float() if is_first else theirs
+            assert_same_bits(both, expected, f"{is_first=} {dtype}")
+            assert bits_of(squares) == bits_of(reference.sum_of_squares(expected))
         for gentle in (True, False):
             x = make_state(numel, dtype, seed=6, gentle=gentle)["grad"]
             ours, theirs = cpu.sum_of_squares(x, threads=2), reference.sum_of_squares(x)
             assert ours == theirs or (math.isnan(ours) and math.isnan(theirs)), (ours, theirs)
+
+
+def bits_of(value: float) -> bytes:
+    """All NaN are one."""
+    return struct.pack("d", math.nan if math.isnan(value) else value)
 
 
 def test_split_and_join_all_hi_patterns(isa, assert_same_bits):

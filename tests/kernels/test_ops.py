@@ -37,6 +37,11 @@ def test_all_operations_run_on_cpu_tensors(backend):
     assert torch.equal(kernels.join_master(hi, lo, threads=1), values)
     kernels.accumulate_(values, torch.ones(100), threads=1)
     assert isinstance(kernels.sum_of_squares(values, threads=1), float)
+    added = values + torch.ones(100)
+    assert kernels.accumulate_squared_(values, torch.ones(100), threads=1) == kernels.sum_of_squares(added)
+    assert torch.equal(values, added)
+    assert kernels.accumulate_squared_(values, torch.full((100,), 2.0), is_first=True) == 400.0
+    assert torch.equal(values, torch.full((100,), 2.0))
 
 
 @pytest.fixture(params=NAMES)

@@ -707,6 +707,11 @@ def _watch_kernels(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
         original(acc, grad, **kwargs)
         watch.operation("accumulate_", [acc, grad], [acc])
 
+    def accumulate_squared(original, acc, grad, *, is_first=False, **kwargs):
+        result = original(acc, grad, is_first=is_first, **kwargs)
+        watch.operation("accumulate_squared_", [grad] if is_first else [acc, grad], [acc])
+        return result
+
     def sum_of_squares(original, x, **kwargs):
         result = original(x, **kwargs)
         watch.operation("sum_of_squares", [x], [])
@@ -724,6 +729,7 @@ def _watch_kernels(watch: HappensBefore, patch: pytest.MonkeyPatch) -> None:
 
     _wrap(patch, state.UpdateRun, "apply", update)
     _wrap(patch, gradients, "accumulate_", accumulate)
+    _wrap(patch, gradients, "accumulate_squared_", accumulate_squared)
     _wrap(patch, gradients, "sum_of_squares", sum_of_squares)
     _wrap(patch, state, "split_master", split)
     _wrap(patch, state, "join_master", join)

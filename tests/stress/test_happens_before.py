@@ -45,7 +45,6 @@ _SAMPLE = {
     "gradients.py Gradients._push_own: after=back": "two backwards, last first, offload",
     "offload.py TensorOffload.fetch: after=handle": "train, weights on disk",
     "snapshot.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
-    "streamed.py StreamedUnit._submit_update: after=*ready": "train, overlapped",
     "streamed.py StreamedUnit._submit_update: after=*step.after": "save, streamed",
     "on_device.py OnDevice.use_up: handle.wait_host()": "save, mixed",
     "beside_device.py BesideDevice._send: after=(updated,)": "train, mixed",

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from slideformer_kernels import accumulate_, sum_of_squares
+from slideformer_kernels import accumulate_, accumulate_squared_, sum_of_squares
 
 from ...errors import StateError
 from ...memory.buffers import Buffer
@@ -247,15 +247,15 @@ class Gradients:
                 source = grad_view(buffer, state.segment, fp32=fp32)
                 target = home.gradient(state)
                 grad = earlier_grads.get(state.order)
-                if grad is None:
-                    target.copy_(source)
-                else:
+                if grad is not None:
                     if grad.data_ptr() != target.data_ptr():  # someone set p.grad to a tensor of their own
                         target.copy_(grad)
                     if scales[state.order] != 1.0:
                         target.mul_(scales[state.order])
-                    accumulate_(target, source)
-                self._squares[state.order] = (sum_of_squares(target), None)
+                self._squares[state.order] = (
+                    accumulate_squared_(target, source, is_first=grad is None),
+                    None,
+                )
 
         return add
 

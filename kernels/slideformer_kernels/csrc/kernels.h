@@ -484,6 +484,36 @@ DEFINE_ROW_SUMS(row_sums_bf16, uint16_t, row_sum_bf16)
 DEFINE_ROW_SUMS(row_sums_fp32, float, row_sum_fp32)
 DEFINE_ROW_SUMS(row_sums_fp64, double, row_sum_fp64)
 
+/* A gradient is added row by row, and each row's squares are summed while it is near. */
+TARGET INLINE void ISA(widen)(float *restrict acc, const void *restrict grad, int64_t begin, int64_t end,
+                              int grad_is_bf16)
+{
+    if (!grad_is_bf16) {
+        memcpy(acc + begin, (const float *)grad + begin, (size_t)(end - begin) * sizeof(float));
+        return;
+    }
+    for (int64_t i = begin; i < end; i++)
+        acc[i] = float_of((uint32_t)((const uint16_t *)grad)[i] << 16);
+}
+
+#define DEFINE_ACCUMULATE_ROWS(NAME, ADD, GRAD_IS_BF16)                                                     \
+    TARGET static void ISA(NAME)(const void *args, int64_t begin, int64_t end)                              \
+    {                                                                                                       \
+        const accumulate_rows_args *work = args;                                                            \
+        for (int64_t row = begin; row < end; row++) {                                                       \
+            int64_t first = row * ROW;                                                                      \
+            int64_t last = first + ROW < work->rows.numel ? first + ROW : work->rows.numel;                 \
+            if (work->is_first)                                                                             \
+                ISA(widen)(work->add.acc, work->add.grad, first, last, GRAD_IS_BF16);                       \
+            else                                                                                            \
+                ISA(ADD)(&work->add, first, last);                                                          \
+            ISA(row_sums_fp32)(&work->rows, row, row + 1);                                                  \
+        }                                                                                                   \
+    }
+
+DEFINE_ACCUMULATE_ROWS(accumulate_rows_bf16, accumulate_bf16, 1)
+DEFINE_ACCUMULATE_ROWS(accumulate_rows_fp32, accumulate_fp32, 0)
+
 static const kernel_table ISA(kernels) = {
     .update = {[ADAMW] = UPDATES(adamw),
                [ADAMW_8BIT] = UPDATES(adamw_8bit),
@@ -497,6 +527,8 @@ static const kernel_table ISA(kernels) = {
     .row_sums_bf16 = ISA(row_sums_bf16),
     .row_sums_fp32 = ISA(row_sums_fp32),
     .row_sums_fp64 = ISA(row_sums_fp64),
+    .accumulate_rows_bf16 = ISA(accumulate_rows_bf16),
+    .accumulate_rows_fp32 = ISA(accumulate_rows_fp32),
 };
 
 #undef DEFINE_UPDATE
@@ -508,4 +540,5 @@ static const kernel_table ISA(kernels) = {
 #undef SQUARED_BF16
 #undef SQUARED_FP32
 #undef PLAIN_FP64
+#undef DEFINE_ACCUMULATE_ROWS
 #undef DEFINE_ROW_SUMS

@@ -86,6 +86,12 @@ typedef struct {
     double *sums; /* one per row */
 } row_sum_args;
 
+typedef struct {
+    accumulate_args add;
+    int is_first; /* there is nothing to add to */
+    row_sum_args rows; /* of the sum */
+} accumulate_rows_args;
+
 /* Works on elements (row sums: rows) begin..end of what args describes. */
 typedef void (*range_function)(const void *args, int64_t begin, int64_t end);
 
@@ -93,6 +99,7 @@ typedef struct {
     range_function update[UPDATE_COUNT][2][2]; /* [.][is the master split][is the gradient bf16] */
     range_function accumulate_bf16, accumulate_fp32, split, join;
     range_function row_sums_bf16, row_sums_fp32, row_sums_fp64;
+    range_function accumulate_rows_bf16, accumulate_rows_fp32;
 } kernel_table;
 
 INLINE uint32_t bits_of(float x)
@@ -350,16 +357,15 @@ EXPORT int slideformer_join_master(const uint16_t *hi, const int16_t *lo, float 
     return STATUS_OK;
 }
 
-EXPORT int slideformer_sum_of_squares(const void *values, int is_bf16, int64_t numel, double *result, int isa,
-                                      int threads)
+/* Sums of rows, which first_level makes from level_args, added up by the tree. level is that part of level_args
+ * which says how many elements there are, and where the sums go. */
+static int sum_rows(const kernel_table *kernels, range_function first_level, const void *level_args,
+                    row_sum_args *level, double *result, int threads)
 {
-    const kernel_table *kernels = kernels_for(isa);
-    if (!kernels)
-        return STATUS_UNSUPPORTED_ISA;
     *result = 0.0;
-    if (numel == 0)
+    if (level->numel == 0)
         return STATUS_OK;
-    int64_t rows = (numel + ROW - 1) / ROW;
+    int64_t rows = (level->numel + ROW - 1) / ROW;
     int64_t next_rows = (rows + ROW - 1) / ROW;
     /* Two buffers in turn: a level's sums must not be written where another thread still reads. */
     double *sums = malloc((size_t)(rows + next_rows) * sizeof *sums);
@@ -367,11 +373,10 @@ EXPORT int slideformer_sum_of_squares(const void *values, int is_bf16, int64_t n
         return STATUS_NO_MEMORY;
     double *next_sums = sums + rows;
     double *const buffers = sums;
-    row_sum_args args = {values, numel, sums};
-    run_parallel(is_bf16 ? kernels->row_sums_bf16 : kernels->row_sums_fp32, &args, rows, 1, GRAIN_NUMEL / ROW,
-                 threads);
+    level->sums = sums;
+    run_parallel(first_level, level_args, rows, 1, GRAIN_NUMEL / ROW, threads);
     while (rows > 1) {
-        args = (row_sum_args){sums, rows, next_sums};
+        row_sum_args args = {sums, rows, next_sums};
         rows = (rows + ROW - 1) / ROW;
         run_parallel(kernels->row_sums_fp64, &args, rows, 1, GRAIN_NUMEL / ROW, threads);
         double *swap = sums;
@@ -381,4 +386,26 @@ EXPORT int slideformer_sum_of_squares(const void *values, int is_bf16, int64_t n
     *result = sums[0];
     free(buffers);
     return STATUS_OK;
+}
+
+EXPORT int slideformer_sum_of_squares(const void *values, int is_bf16, int64_t numel, double *result, int isa,
+                                      int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    row_sum_args args = {values, numel, NULL};
+    range_function first_level = is_bf16 ? kernels->row_sums_bf16 : kernels->row_sums_fp32;
+    return sum_rows(kernels, first_level, &args, &args, result, threads);
+}
+
+EXPORT int slideformer_accumulate_squared(float *acc, const void *grad, int grad_is_bf16, int is_first,
+                                          int64_t numel, double *result, int isa, int threads)
+{
+    const kernel_table *kernels = kernels_for(isa);
+    if (!kernels)
+        return STATUS_UNSUPPORTED_ISA;
+    accumulate_rows_args args = {{acc, grad}, is_first, {acc, numel, NULL}};
+    range_function first_level = grad_is_bf16 ? kernels->accumulate_rows_bf16 : kernels->accumulate_rows_fp32;
+    return sum_rows(kernels, first_level, &args, &args.rows, result, threads);
 }
