@@ -35,7 +35,7 @@ from .engine.model.units import check_has_data
 from .engine.planning import Planned, plan_for
 from .engine.reference_model import follow
 from .engine.run.deferred_logits import DeferredLogits
-from .errors import ConfigError, SlideFormerError, UnsupportedModelError
+from .errors import ConfigError, PlanError, SlideFormerError, UnsupportedModelError
 from .metrics import Metrics
 from .optim import SlideOptimizer, check_adoptable, check_class, check_name, optimizer_class
 from .optim.rule import UpdateRule
@@ -138,7 +138,7 @@ class SlideTrainerMixin(CheckpointMixin):
         self._configure_accelerator()  # the optimizer is known by now
         self._check_before_streaming()
         if self.slide.engine is None:  # a model that streams already has its place
-            self._planned()  # refuses what does not fit
+            self._refuse_what_does_not_fit()
         if self.label_smoother is not None:
             self.label_smoother = _FusedLabelSmoother(
                 self.label_smoother.epsilon, self.label_smoother.ignore_index
@@ -199,9 +199,18 @@ class SlideTrainerMixin(CheckpointMixin):
             self._slide_config,
             micro_batches=self.args.gradient_accumulation_steps,
             overlap_is_exact=self._overlap_is_exact(),
-            rule=self._rule(),
+            # Trainer makes the accelerator before it takes the optimizer that it was given.
+            rule=self._rule() if hasattr(self, "optimizer_cls_and_kwargs") else None,
             shape=self.accelerator.slide_setup.shape,
         )
+
+    def _refuse_what_does_not_fit(self) -> None:
+        try:
+            self._planned()
+        except PlanError:
+            if self._rule() is not None:
+                raise
+            # Planned for AdamW; it may be for another one, with which the model is prepared.
 
     def _count_on_batches(self) -> None:
         self.accelerator.count_on_batches(
@@ -300,34 +309,45 @@ class SlideTrainerMixin(CheckpointMixin):
             UnsupportedModelError: there is none, or an option that changes its mathematics.
             ConfigError: a hyperparameter that it does not know, or outside of its range.
         """
-        given: tuple[type, dict[str, Any]] | None = getattr(self, "optimizer_cls_and_kwargs", None)
+        given: tuple[type, dict[str, Any]] | None = self.optimizer_cls_and_kwargs
+        if given is None and self._overrides("get_optimizer_cls_and_kwargs"):
+            given = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        kwargs = dict[str, Any]()
         if given is not None:
             kind, theirs = check_class(*given), given[1]
-            kwargs = dict[str, Any]()
         else:
             kind = check_name(OptimizerNames(self.args.optim).value)
-            kwargs = kind.arguments_of(self.args)
+            kwargs, theirs = kind.arguments_of(self.args), {}
             # Of an optimizer that is not torch's, Trainer would look for the package that it is from.
-            theirs = {}
             if kind.same_as is not None:
-                _, theirs = self.get_optimizer_cls_and_kwargs(self.args, getattr(self, "model", None))
+                _, theirs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         # What is left out are switches of torch's loops, and options that were checked to be off.
         known = inspect.signature(kind).parameters
-        kwargs |= {name: value for name, value in theirs.items() if name in known}
+        switches = inspect.signature(kind.same_as).parameters if kind.same_as is not None else {}
+        kwargs |= {name: value for name, value in theirs.items() if name in known or name not in switches}
         try:
             kind([nn.Parameter(torch.empty(0))], **kwargs)  # knows what values it takes
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{kind.rule_name} cannot be made of these arguments: {error}") from None
         return kind, kwargs
 
-    def _rule(self) -> UpdateRule:
-        """How parameters will be updated."""
+    def _overrides(self, name: str) -> bool:
+        """Whether a subclass of the user's has a method of its own in the place of Trainer's or ours."""
+        ours = getattr(SlideTrainerMixin, name, None) or getattr(Trainer, name)
+        return getattr(type(self), name) is not ours
+
+    def _rule(self) -> UpdateRule | None:
+        """How parameters will be updated; None where that is known only once the optimizer is made."""
         states = self._slide_config.optimizer_states
-        optimizer = getattr(self, "optimizer", None)
+        optimizer = self.optimizer
         inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper of a run before
         if inner is not None:
             kind = optimizer_class(type(inner)) or check_adoptable(inner)
             return kind.rule_for(inner.param_groups, states)
+        if self._overrides("create_optimizer"):
+            return None
+        if self.optimizer_cls_and_kwargs is None and self._overrides("get_optimizer_cls_and_kwargs"):
+            return None
         kind, kwargs = self._chosen_optimizer()
         return kind.rule_for([kwargs], states)
 

@@ -70,7 +70,7 @@ class CheckpointMixin(_Trainer):
     # SlideTrainerMixin's
     slide: Any
     _slide_config: SlideConfig
-    _rule: Callable[[], UpdateRule]
+    _rule: Callable[[], UpdateRule | None]
 
     _files = CheckpointCalls()
     _locks: tuple[DirectoryLock, ...] = ()
@@ -448,8 +448,8 @@ class CheckpointMixin(_Trainer):
         if SavedOptimizer.exists(path):
             optimizer = SavedOptimizer(checkpoint)
             optimizer.check_model(model)
-            if model is self.model:
-                optimizer.check_rule(self._rule())
+            if model is self.model and (rule := self._rule()) is not None:
+                optimizer.check_rule(rule)
         if not weights.load(model, layout):
             checkpoint.check_files(name for name in checkpoint.records if "/" not in name)
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -107,6 +107,10 @@ class _OwnBuffer:
         if give_back is not None:
             give_back(self.buffer, after or Handle.done())
 
+    def __del__(self) -> None:
+        # A forward that is never followed by its backward must give its buffers back too.
+        self.release(after=self.ready)
+
 
 class OffloadedTensor:
     """One tensor's data in RAM or on disk; made by `TensorOffload.store`, used up by `TensorOffload.take`."""
@@ -159,9 +163,6 @@ class TensorOffload:
             name, source, place.store(self._to_host, f"activations of {name}", source, event)
         )
         left = parked.stored.left
-        if into is None:
-            # A forward that is never followed by its backward must give its buffers back too.
-            weakref.finalize(parked, parked.stored.again().release, after=left).atexit = False
         self._leaving.append((left, source, source._version, name))
         self._metrics.add("d2h_bytes", source.nbytes)
         while len(self._leaving) > COPIES_IN_FLIGHT:

@@ -17,9 +17,14 @@ from .sgd import SlideSGD
 OPTIMIZERS: tuple[type[SlideOptimizer], ...] = (SlideAdamW, SlideLion, SlideSGD)
 
 
-def optimizer_class(kind: type) -> type[SlideOptimizer] | None:
-    """The optimizer here that does what a class of optimizers does; None if there is none."""
-    return next((one for one in OPTIMIZERS if kind in (one, one.same_as) or issubclass(kind, one)), None)
+def optimizer_class(kind: Any) -> type[SlideOptimizer] | None:
+    """The optimizer that does what a class of optimizers does: one of ours, or a user's own of these, is it itself.
+
+    None if there is none.
+    """
+    if isinstance(kind, type) and issubclass(kind, SlideOptimizer):
+        return kind
+    return next((one for one in OPTIMIZERS if one.same_as is not None and kind is one.same_as), None)
 
 
 def check_name(name: str) -> type[SlideOptimizer]:
@@ -42,9 +47,7 @@ def check_adoptable(optimizer: torch.optim.Optimizer) -> type[SlideOptimizer]:
         UnsupportedModelError: another optimizer, an option that changes its mathematics, or steps that were made.
         StateError: it has lost its state.
     """
-    kind = next((one for one in OPTIMIZERS if type(optimizer) in (one, one.same_as)), None)
-    if kind is None and isinstance(optimizer, SlideOptimizer):
-        kind = type(optimizer)
+    kind = optimizer_class(type(optimizer))
     if kind is None:
         raise UnsupportedModelError(_refusal(type(optimizer)))
     kind.check_adoptable(optimizer)

@@ -155,7 +155,9 @@ class SlideSGD(SlideOptimizer):
     @classmethod
     def arguments_of(cls, args: Any) -> dict[str, Any]:
         """See `SlideOptimizer`; `optim_args="momentum=0.9, nesterov=True"`, for one."""
-        given = parsed_arguments(args.optim_args, momentum=float, dampening=float, nesterov=_truth)
+        given = parsed_arguments(
+            args.optim_args, momentum=float, dampening=float, weight_decay=float, nesterov=_truth
+        )
         return {"lr": args.learning_rate, **given}
 
     @staticmethod
@@ -171,8 +173,8 @@ class SlideSGD(SlideOptimizer):
 
 
 def _truth(text: str) -> bool:
-    if text.lower() in ("true", "1"):
+    if text.lower() in ("true", "1", "yes"):
         return True
-    if text.lower() in ("false", "0"):
+    if text.lower() in ("false", "0", "no"):
         return False
     raise ValueError(text)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace) -> dict:
     """Train both ways, compare, and return the row."""
     import torch
-    from machine import describe_machine
+    from measuring import describe_machine
 
     torch.use_deterministic_algorithms(True)
     streamed, other = run(args, "streamed"), run(args, args.against)

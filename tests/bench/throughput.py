@@ -186,7 +186,7 @@ def run_isolated(argv: list[str], batch_sizes: list[int]) -> int:
 def measure(args: argparse.Namespace, batch_size: int) -> dict:
     """Train one fresh model at one batch size and return its row; running out of memory is a row as well."""
     import torch
-    from machine import RamPeak, describe_machine
+    from measuring import RamPeak, describe_machine
 
     error, result = None, {}
     with RamPeak() as ram, tempfile.TemporaryDirectory() as output_dir:

@@ -122,7 +122,6 @@ IN_THREADS = [
     (streamed, "update_unit"),
     (beside_device, "update_unit"),
     (state.UpdateRun, "apply"),
-    (gradients, "accumulate_"),
     (gradients, "accumulate_squared_"),
     (on_disk.OnDisk, "_attached"),
     (desks.Loan, "write_back"),

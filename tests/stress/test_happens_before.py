@@ -42,7 +42,7 @@ _SAMPLE = {
     "offload.py TensorOffload.take: handle.wait_stream()": "train, offload",
     "desks.py Desk.borrow.fetch: state.written[unit].wait_host()": "train, weights on disk",
     "gradients.py Gradients.push: self._in_flight.append": "train, streamed",
-    "gradients.py Gradients._push_own: after=back": "two backwards, last first, offload",
+    "streamed.py StreamedUnit.land: after=clear()": "two backwards, last first, offload",
     "offload.py TensorOffload.fetch: after=handle": "train, weights on disk",
     "snapshot.py HeldState._beside: self._stream.wait(self._ready)": "save, streamed",
     "streamed.py StreamedUnit._submit_update: after=*step.after": "save, streamed",

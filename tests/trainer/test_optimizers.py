@@ -1,6 +1,7 @@
 """Trainer's SGD and Lion: against plain Trainer and the published formula, resumed, and refused where state differs."""
 
 import copy
+import functools
 import importlib.util
 import json
 
@@ -102,7 +103,7 @@ def test_momentum_that_a_schedule_moves(tmp_path):
 
 
 def test_momentum_of_optim_args(tmp_path):
-    # Trainer itself does not read them for SGD.
+    # Older versions of Trainer do not read them for SGD.
     given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {**SGD, "nesterov": True, "fused": False})}
     plain = runs.make(Trainer, runs.llama(), tmp_path, trainer_kwargs=given)
     by_class = runs.make(SlideTrainer, runs.llama(), tmp_path, trainer_kwargs=given)
@@ -381,7 +382,12 @@ def test_checkpoint_of_plain_trainer(tmp_path):
 # -- refused when the trainer is made ------------------------------------------------------------------------
 
 REFUSED = {
-    "name": ("sgd", "momentun=0.9", ConfigError, "'momentun=0.9' .* one of momentum, dampening, nesterov"),
+    "name": (
+        "sgd",
+        "momentun=0.9",
+        ConfigError,
+        "'momentun=0.9' .* one of momentum, dampening, weight_decay, nesterov",
+    ),
     "text": ("sgd", "momentum=high", ConfigError, "'momentum=high'"),
     "no value": ("sgd", "nesterov", ConfigError, "'nesterov' in 'nesterov' is not name=value"),
     "range": ("sgd", "momentum=-1", ConfigError, r"momentum must be finite and >= 0, got -1\.0"),
@@ -474,3 +480,75 @@ def test_plans_of_all_rules(tmp_path):
     assert moments["lion"] == pytest.approx(4 * plans["lion"].host_params, rel=0.25)  # whole pages
     times = {kind: plan.prediction.step_s for kind, plan in plans.items()}
     assert times["adamw"] >= times["lion"] == times["momentum"] >= times["sgd"]
+
+
+# -- what is known of the optimizer only later, or not at all --------------------------------------------------------
+
+
+def test_a_model_trained_by_sgd_is_evaluated_by_somebody_who_knows_no_optimizer(tmp_path):
+    trainer = runs.make(
+        SlideTrainer, runs.llama(), tmp_path, optim="sgd", optim_args="momentum=0.9", max_steps=1
+    )
+    trainer.train()
+    engine = trainer.slide.engine
+    SlideAccelerator(cpu=True).prepare(trainer.model)
+    assert trainer.slide.engine is engine
+    trainer.train()
+
+
+class MakesItself(SlideTrainer):
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        return self.optimizer
+
+
+class NamesIt(SlideTrainer):
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        return torch.optim.SGD, {"lr": self.rate, "momentum": 0.9, "foreach": False}
+
+    rate = 0.1
+
+
+@pytest.mark.parametrize("kind", [MakesItself, NamesIt])
+def test_a_subclass_that_says_which_optimizer_resumes_its_own_checkpoint(tmp_path, kind):
+    whole = runs.make(kind, runs.llama(), tmp_path / "whole", max_steps=2)
+    whole.train()
+    half = {"max_steps": 2, "save_steps": 1, "save_strategy": "steps"}
+    runs.make(kind, runs.llama(), tmp_path / "half", **half | {"max_steps": 1}).train()
+    resumed = runs.make(kind, runs.llama(), tmp_path / "half", **half)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.slide.engine.rule.name == "SGD"
+    for (name, ours), theirs in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+class CountingAdamW(SlideAdamW):
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+def test_a_class_made_of_ours_is_kept(tmp_path):
+    given = {"optimizer_cls_and_kwargs": (CountingAdamW, {"lr": 1e-3})}
+    trainer = runs.make(SlideTrainer, runs.llama(), tmp_path, trainer_kwargs=given, max_steps=2)
+    trainer.train()
+    assert trainer.optimizer.optimizer.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((torch.optim.SGD, {"lr": 0.1, "momentun": 0.9}), ConfigError, "momentun"),
+        (
+            (functools.partial(torch.optim.SGD, momentum=0.9), {"lr": 0.1}),
+            UnsupportedModelError,
+            "cannot update",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        runs.make(SlideTrainer, runs.llama(), tmp_path, trainer_kwargs={"optimizer_cls_and_kwargs": given})

@@ -66,14 +66,19 @@ class Setup:
     def difference(self, wanted: Setup) -> str:
         """The first thing for which a model that was prepared like this would have to be prepared anew, in words.
 
-        Empty if there is none: batches may have another shape, and whether updates overlap is what counts, not why.
+        Empty if there is none: batches may have another shape, whether updates overlap is what counts, not why, and
+        where nothing is known of an optimizer (`rule` is None) any will do.
         """
         for name, have, value in (
             ("bf16", self.bf16, wanted.bf16),
             ("accumulates", self.accumulates, wanted.accumulates),
             ("overlapped", self.overlapped, wanted.overlapped),
             ("optimizer_states", self.config.optimizer_states, wanted.config.optimizer_states),
-            ("optimizer", described(self.update_rule), described(wanted.update_rule)),
+            (
+                "optimizer",
+                described(self.update_rule),
+                described((wanted if wanted.rule else self).update_rule),
+            ),
             ("config", self.config, wanted.config),
         ):
             if have != value:

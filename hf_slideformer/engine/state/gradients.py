@@ -21,6 +21,7 @@ the outer one goes on where it was.
 from __future__ import annotations
 
 import collections
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -210,8 +211,8 @@ class Gradients:
     def _push_own(self, unit: Unit, grads: _Grads) -> Handle:
         self._measure(grads)
         # The input of another run of this unit may still wait there (a layer used twice, two forwards in a row).
-        back = unit.bring_back_input(self._offload.fetch)
-        landed = _home(unit).land(grads, self._staging, after=back)
+        clear = functools.partial(unit.bring_back_input, self._offload.fetch)
+        landed = _home(unit).land(grads, self._staging, clear=clear)
         self._landing[unit.index] = _Landing.of(unit, grads, landed.left, landed.there)
         return landed.left
 
@@ -221,14 +222,14 @@ class Gradients:
 
     def _push_sum(self, unit: Unit, grads: _Grads) -> Handle:
         add = self._begin_sum(unit, [state for state, _ in grads])
-        # Last of what may raise: from here on the sum owns a staging buffer.
-        staged = _home(unit).land_in(self._staging, grads)
+        staged = self._staging.lease()
 
         def add_staged() -> None:
             with staged.read() as buffer:
                 add(buffer, fp32=False)
 
         with released_on_error(staged):
+            _home(unit).land_in(staged, grads)
             done = self._submit_sum(
                 unit, [state for state, _ in grads], add_staged, (staged.ready,), staged.release
             )
@@ -279,7 +280,7 @@ class Gradients:
         unit, part, home = landing.unit, landing.part, _home(landing.unit)
         there = dict(landing.states)
         fp32 = home.sums_are_fp32
-        staged = home.land_in(self._staging, grads)
+        staged = self._staging.lease()
 
         def add() -> None:
             with staged.read() as buffer:
@@ -296,6 +297,7 @@ class Gradients:
                         self._squares[state.order] = (sum_of_squares(target), None)
 
         with released_on_error(staged):
+            home.land_in(staged, grads)
             done = self._runtime.worker.submit(
                 f"gradient part of {unit.name}",
                 add,
@@ -311,8 +313,9 @@ class Gradients:
         self._measure(grads)
         # May raise, so before there is a staging buffer.
         runs, step = self._updates.overlapped_update(unit, [state for state, _ in grads])
-        staged = _home(unit).land_in(self._staging, grads)
+        staged = self._staging.lease()
         with released_on_error(staged):
+            _home(unit).land_in(staged, grads)
             self._pool.invalidate_unit(unit.index)
             unit.group.pending = _home(unit).update_from(staged, runs, step)
         return staged.ready

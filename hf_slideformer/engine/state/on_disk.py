@@ -203,11 +203,11 @@ class OnDisk(StreamedUnit):
         grads: Sequence[tuple[ParamState, torch.Tensor]],
         staging: StagingBuffers,
         *,
-        after: Sequence[Handle] = (),
+        clear: Callable[[], Sequence[Handle]],
     ) -> Landed:
         """See `StreamedUnit`: to the file by way of a staging buffer, if they wait there."""
         if not self._wait_in_file:
-            return super().land(grads, staging, after=after)
+            return super().land(grads, staging, clear=clear)
         self._make_gradients(fp32=False)
         staged, state = staging.lease(), self._disk.state
 
@@ -238,6 +238,7 @@ class OnDisk(StreamedUnit):
                     self._updating(grads, runs, fp32)()
             finally:
                 loan.write_back(places.masters[1])
+                landing.release()
 
         def drop() -> None:
             loan.release()
@@ -316,7 +317,7 @@ class OnDisk(StreamedUnit):
     def free(self) -> None:
         """See `Home`."""
         super().free()
-        self._file = None
+        self._file, self.disk_bytes = None, 0
 
 
 class _OnLoan:

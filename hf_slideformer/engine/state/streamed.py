@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ...memory.buffers import Buffer, HostBuffer
-from ...memory.lease import Kept, Landing, Lease, released_on_error
+from ...memory.lease import Kept, Landing, Lease
 from ...memory.offload import HostPlace, Place
 from ...memory.runtime import Runtime
 from ...memory.staging import StagingBuffers, StagingLease
@@ -101,28 +101,23 @@ class StreamedUnit(Home):
         grads: Sequence[tuple[ParamState, torch.Tensor]],
         staging: StagingBuffers,
         *,
-        after: Sequence[Handle] = (),
+        clear: Callable[[], Sequence[Handle]],
     ) -> Landed:
         """Bring a unit's gradients to where the update reads them, where none are waiting there.
 
         Args:
             grads: contiguous, on the device, of the unit's parameters.
             staging: buffers that they may pass through.
-            after: what used that memory before.
+            clear: starts to move away what may wait in the unit's memory for gradients; returns what to wait for.
         """
         self._make_gradients(fp32=False)
         assert self.memory.grads is not None
-        handle = self._collect(grads, Kept(self.memory.grads), after)
+        handle = self._collect(grads, Kept(self.memory.grads), after=clear())
         return Landed(handle, handle)
 
-    def land_in(
-        self, staging: StagingBuffers, grads: Sequence[tuple[ParamState, torch.Tensor]]
-    ) -> StagingLease:
-        """Bring a unit's gradients to a staging buffer, for somebody who reads them there."""
-        staged = staging.lease()
-        with released_on_error(staged):
-            self._collect(grads, staged)
-        return staged
+    def land_in(self, staged: StagingLease, grads: Sequence[tuple[ParamState, torch.Tensor]]) -> None:
+        """Bring a unit's gradients to a staging buffer, for somebody who reads them there and holds the lease."""
+        self._collect(grads, staged)
 
     def _collect(
         self,
