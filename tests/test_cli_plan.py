@@ -460,7 +460,10 @@ def refused_in_one_line(capsys, *arguments: str) -> str:
         (["--optimizer-states", "4bit"], ["optimizer_states='4bit'", "'8bit'"]),
         (["--optimizer-states", "8bit", "--optim", "sgd"], ["optimizer_states='8bit' is for AdamW; SGD"]),
         (["--optim", "adafactor"], ["optim='adafactor'", "'adamw_torch'", "'lion_32bit' or 'sgd'"]),
-        (["--optim", "sgd", "--optim-args", "beta=1"], ["'beta=1'", "momentum, dampening, nesterov"]),
+        (
+            ["--optim", "sgd", "--optim-args", "beta=1"],
+            ["'beta=1'", "momentum, dampening, weight_decay, nesterov"],
+        ),
     ],
 )
 def test_arguments_that_cannot_be_used(small, capsys, arguments, parts):
