@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .buffers import Buffer, BufferView
+from .buffers import Buffer, BufferView, HostBuffer
 from .layout import DiskLayout, MomentFormat, MomentPart, Segment, UnitLayout
 
 
@@ -35,6 +35,14 @@ class UnitMemory:
     def use_moments(self, buffers: Mapping[MomentPart, Buffer]) -> None:
         """Have moments in these buffers from now on."""
         self._moments = buffers
+
+    def allocate_moments(self, moments: MomentFormat) -> None:
+        """Have zeroed moments in RAM (once)."""
+        numel = self.layout.state_numel
+        if numel and not self._moments:
+            self.use_moments(
+                {part: HostBuffer(part.entries(numel) * part.dtype.itemsize) for part in moments.parts}
+            )
 
     def use_gradients(self, buffer: Buffer | None, *, fp32: bool) -> None:
         """Have the unit's own gradients in this buffer from now on."""

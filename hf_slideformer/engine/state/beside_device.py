@@ -41,7 +41,6 @@ class BesideDevice(Home):
         self._pin = nbytes > 0 and runtime.pins.take(nbytes)
         lo = HostBuffer(2 * layout.lo_numel) if layout.lo_numel else None
         self.memory = UnitMemory(layout, HostBuffer(layout.weight_bytes, pin=self._pin), lo)
-        self._has_moments = False
 
     @property
     def host_bytes(self) -> int:
@@ -50,15 +49,7 @@ class BesideDevice(Home):
 
     def allocate(self, rule: UpdateRule, *, overlapped: bool, fp32_sums: bool) -> None:
         """See `Home`; gradients pass through RAM also where they do not wait."""
-        layout = self.memory.layout
-        if not self._has_moments:
-            self._has_moments = True
-            self.memory.use_moments(
-                {
-                    part: HostBuffer(part.entries(layout.state_numel) * part.dtype.itemsize)
-                    for part in rule.format.parts
-                }
-            )
+        self.memory.allocate_moments(rule.format)
         self._make_gradients(fp32=fp32_sums)
         for state in self.states:
             if state.spec.trainable:
@@ -125,7 +116,6 @@ class BesideDevice(Home):
         super().free_for_training()
         self.memory.use_gradients(None, fp32=False)
         self.memory.use_moments({})
-        self._has_moments = False
 
     def free(self) -> None:
         """See `Home`."""

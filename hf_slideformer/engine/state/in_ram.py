@@ -29,19 +29,13 @@ class InRam(StreamedUnit):
         self._least_bytes = input_bytes
         memory = UnitMemory(layout, HostBuffer(layout.weight_bytes, pin=self._pin), self._residuals(layout))
         super().__init__(name, memory, runtime)
-        self._has_moments = False
 
     @staticmethod
     def _residuals(layout: UnitLayout) -> Buffer | None:
         return HostBuffer(2 * layout.lo_numel) if layout.lo_numel else None
 
     def _allocate_moments(self, rule: UpdateRule) -> None:
-        numel = self.memory.layout.state_numel
-        if numel and not self._has_moments:
-            self._has_moments = True
-            self.memory.use_moments(
-                {part: HostBuffer(part.entries(numel) * part.dtype.itemsize) for part in rule.format.parts}
-            )
+        self.memory.allocate_moments(rule.format)
 
     def _gradient_buffer(self, nbytes: int, *, fp32: bool) -> Buffer:
         return HostBuffer(nbytes if fp32 else max(nbytes, self._least_bytes), pin=not fp32 and self._pin)
@@ -50,4 +44,3 @@ class InRam(StreamedUnit):
         """See `Home`."""
         super().free_for_training()
         self.memory.use_moments({})
-        self._has_moments = False
